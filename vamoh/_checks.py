@@ -1,0 +1,67 @@
+"""Argument checks shared by every room: one place for the wording of error messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64)
+
+
+def check_tensor(
+    where: str,
+    name: str,
+    value: object,
+    shape: Sequence[int | str | None],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Return `value` if it is a tensor of the given shape, dtype and device; raise otherwise.
+
+    `shape` lists a size, a letter (any size, shown in the message) or None (any size) per dimension.
+    `like` asks for the dtype and device of another tensor.
+    Raises TypeError for a wrong type, dtype or device and ValueError for a wrong shape.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
+    fits = value.dim() == len(shape) and all(
+        not isinstance(s, int) or s == n for s, n in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{where}: {name} must have shape {wanted}, got {list(value.shape)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{where}: {name} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(f"{where}: {name} must have dtype {like.dtype}, got {value.dtype}")
+    if like is not None and value.device != like.device:
+        raise TypeError(f"{where}: {name} must be on {like.device}, got {value.device}")
+    return value
+
+
+def check_finite(where: str, name: str, value: Tensor) -> None:
+    """Raise ValueError when `value` holds NaN or infinite entries; says how many and where the first is."""
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(f"{where}: {name} must be finite, got {int(bad.sum())} NaN or infinite values, first at {first}")
+
+
+def check_positive(where: str, name: str, value: int) -> int:
+    """Return `value` if it is an int of at least 1; raise TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+    return value
+
+
+def check_choice(where: str, name: str, value: str, choices: Sequence[str]) -> str:
+    """Return `value` if it is one of `choices`; raise ValueError naming them otherwise."""
+    if value not in choices:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return value

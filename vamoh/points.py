@@ -1,0 +1,231 @@
+"""Point sets: a batch of functions, each known at some points of its domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vamoh._checks import FLOATING, check_finite, check_positive, check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PointSet:
+    """A batch of B functions given by their values at N points.
+
+    coords: [N, D] shared by the batch, or [B, N, D] per item; float32 or float64, dimensionless.
+    values: [B, N, C], same dtype and device as coords.
+    mask:   None (all observed), [N] shared, or [B, N] per item; bool, True where observed.
+    Values at unobserved points are ignored by every consumer, but must be finite.
+
+    Raises TypeError or ValueError naming the field, what was expected and what came.
+    """
+
+    coords: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        where = "PointSet"
+        values = check_tensor(where, "values", self.values, ["B", "N", "C"], dtypes=FLOATING)
+        if values.shape[0] == 0:
+            raise ValueError(f"{where}: values must hold at least one function, got an empty batch {list(values.shape)}")
+        batch, count, _ = values.shape
+        if not isinstance(self.coords, Tensor) or self.coords.dim() not in (2, 3):
+            got = list(self.coords.shape) if isinstance(self.coords, Tensor) else type(self.coords).__name__
+            raise ValueError(f"{where}: coords must have shape [N, D] or [B, N, D], got {got}")
+        shape = [count, "D"] if self.coords.dim() == 2 else [batch, count, "D"]
+        check_tensor(where, "coords", self.coords, shape, like=values)
+        check_finite(where, "coords", self.coords)
+        check_finite(where, "values", values)
+        if self.mask is not None:
+            if not isinstance(self.mask, Tensor) or tuple(self.mask.shape) not in ((count,), (batch, count)):
+                got = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask).__name__
+                raise ValueError(f"{where}: mask must have shape [{count}] or [{batch}, {count}], got {got}")
+            check_tensor(where, "mask", self.mask, list(self.mask.shape), dtypes=[torch.bool])
+            if self.mask.device != values.device:
+                raise TypeError(f"{where}: mask must be on {values.device}, got {self.mask.device}")
+
+    @property
+    def batch(self) -> int:
+        """Number of functions B."""
+        return self.values.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Number of points N of each function, observed or not."""
+        return self.values.shape[1]
+
+    @property
+    def coord_dim(self) -> int:
+        """Number of coordinate dimensions D."""
+        return self.coords.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C of a value."""
+        return self.values.shape[2]
+
+    def to(self, target: torch.device | torch.dtype | str) -> PointSet:
+        """Copy to a device, or to a floating dtype (the mask stays bool)."""
+        mask = self.mask
+        if mask is not None and not isinstance(target, torch.dtype):
+            mask = mask.to(target)
+        return PointSet(self.coords.to(target), self.values.to(target), mask)
+
+    def with_mask(self, mask: Tensor | None) -> PointSet:
+        """Return the same points with another mask, [N] or [B, N] bool."""
+        return replace(self, mask=mask)
+
+    def select(self, index: Tensor) -> PointSet:
+        """Keep the points `index` [N'] (int64) of every function, in that order."""
+        coords = self.coords[..., index, :]
+        mask = None if self.mask is None else self.mask[..., index]
+        return PointSet(coords, self.values[:, index], mask)
+
+    def compact(self) -> PointSet:
+        """Drop the points that no function observes; a mask shared by the batch disappears.
+
+        With a mask [N] the result holds exactly the observed points, in order, and no mask. With a per-item mask
+        [B, N] the points observed by at least one function stay.
+        """
+        if self.mask is None:
+            return self
+        any_observed = self.mask if self.mask.dim() == 1 else self.mask.any(0)
+        kept = self if bool(any_observed.all()) else self.select(any_observed.nonzero()[:, 0])
+        if kept.mask is not None and bool(kept.mask.all()):
+            return replace(kept, mask=None)
+        return kept
+
+    def drop(self, rate: float, generator: torch.Generator | None = None, at_least: int = 1) -> PointSet:
+        """Point dropout: keep each point with probability 1 - rate, one draw shared by the batch (Alg. 1).
+
+        Never leaves fewer than `at_least` points: the points of the largest draws are then kept.
+        Returns the kept points only, in order.
+        """
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"PointSet.drop: rate must be between 0 and 1, got {rate}")
+        if rate == 0.0:
+            return self
+        draw = torch.rand(self.count, generator=generator)
+        kept = (draw >= rate).nonzero()[:, 0]
+        if len(kept) < at_least:
+            kept = draw.topk(min(at_least, self.count)).indices.sort().values
+        return self.select(kept.to(self.values.device))
+
+    def subsample(self, count: int, generator: torch.Generator | None = None) -> PointSet:
+        """Keep `count` points drawn without replacement, one draw shared by the batch, in their original order."""
+        check_positive("PointSet.subsample", "count", count)
+        if count > self.count:
+            raise ValueError(f"PointSet.subsample: count must be at most N={self.count}, got {count}")
+        index = torch.randperm(self.count, generator=generator)[:count].sort().values
+        return self.select(index.to(self.values.device))
+
+    @staticmethod
+    def from_grid(values: Tensor, coords: Tensor | None = None, mask: Tensor | None = None) -> PointSet:
+        """Points of a batch of regular grids.
+
+        values: [B, C, *shape] (images, voxels, fields). coords: [N, D], default `grid_coords(shape)`.
+        mask: None, [*shape] or [B, *shape] bool. Points are in row-major order.
+        """
+        if not isinstance(values, Tensor) or values.dim() < 3:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"PointSet.from_grid: values must have shape [B, C, *shape], got {got}")
+        shape = tuple(values.shape[2:])
+        if coords is None:
+            coords = grid_coords(shape, dtype=values.dtype, device=values.device)
+        if mask is not None:
+            if tuple(mask.shape) not in (shape, (values.shape[0], *shape)):
+                raise ValueError(
+                    f"PointSet.from_grid: mask must have shape {list(shape)} or {[values.shape[0], *shape]}, "
+                    f"got {list(mask.shape)}"
+                )
+            mask = mask.flatten() if mask.dim() == len(shape) else mask.flatten(1)
+        return PointSet(coords, values.flatten(2).transpose(1, 2).contiguous(), mask)
+
+    @staticmethod
+    def from_lists(coords: Sequence[Tensor], values: Sequence[Tensor]) -> PointSet:
+        """Point lists of different lengths, padded to the longest with a mask.
+
+        coords: B tensors [N_b, D]; values: B tensors [N_b, C]. Padding repeats zeros and is masked out.
+        """
+        if len(coords) != len(values) or not coords:
+            raise ValueError(
+                f"PointSet.from_lists: coords and values must be lists of one length >= 1, "
+                f"got {len(coords)} and {len(values)}"
+            )
+        for i, (x, y) in enumerate(zip(coords, values, strict=True)):
+            check_tensor("PointSet.from_lists", f"coords[{i}]", x, ["N", coords[0].shape[-1]], like=coords[0])
+            check_tensor("PointSet.from_lists", f"values[{i}]", y, [x.shape[0], values[0].shape[-1]], like=x)
+        pad = torch.nn.utils.rnn.pad_sequence
+        lengths = torch.tensor([len(x) for x in coords], device=coords[0].device)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        return PointSet(
+            pad(list(coords), batch_first=True), pad(list(values), batch_first=True), None if mask.all() else mask
+        )
+
+
+def to_grid(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Reorder point values [B, N, C] to a grid [B, C, *shape]; inverse of `PointSet.from_grid`."""
+    shape = tuple(shape)
+    if values.shape[1] != torch.Size(shape).numel():
+        raise ValueError(f"to_grid: shape {list(shape)} must hold N={values.shape[1]} points")
+    return values.transpose(1, 2).reshape(values.shape[0], values.shape[2], *shape)
+
+
+def grid_coords(
+    shape: Sequence[int], *, scale: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Coordinates [N, D] of an image or voxel grid, row-major, order (row, column) or (depth, row, column).
+
+    Index i maps to 2 (i / (n - 1) - 1/2) with n the first size, for every axis: pixels stay square, the first axis
+    spans [-1, 1] (the published code's rule). `scale` s gives the finer grid of s (n - 1) + 1 points per axis over the
+    same extent, whose every s-th point is a point of the grid.
+    """
+    shape = tuple(shape)
+    for n in shape:
+        check_positive("grid_coords", "every size of shape", n)
+    check_positive("grid_coords", "scale", scale)
+    span = max(shape[0] - 1, 1)
+    axes = [
+        2 * (torch.arange(scale * (n - 1) + 1, dtype=torch.float64, device=device) / (scale * span) - 0.5)
+        for n in shape
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(shape)).to(dtype)
+
+
+def grid_shape(shape: Sequence[int], scale: int = 1) -> tuple[int, ...]:
+    """Sizes of the grid that `grid_coords(shape, scale=scale)` covers."""
+    return tuple(scale * (n - 1) + 1 for n in shape)
+
+
+def sphere_coords(latitude: Tensor, longitude: Tensor) -> Tensor:
+    """Points [..., 3] on the unit sphere from latitude and longitude in degrees, tensors of one shape [...]."""
+    lat, lon = torch.deg2rad(latitude), torch.deg2rad(longitude)
+    return torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], -1)
+
+
+def sphere_grid(
+    shape: Sequence[int], *, scale: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Coordinates [N, 3] of a latitude-longitude grid of `shape` (rows, columns), row-major.
+
+    Latitudes run from 90 to -90 inclusive, longitudes from 0 to 360 - 360 / columns. `scale` s refines to
+    s (rows - 1) + 1 by s * columns points, whose every s-th row and column is one of the grid (the published code's
+    finer grid does not align in longitude).
+    """
+    rows, columns = sphere_grid_shape(shape, scale)
+    lat = torch.linspace(90, -90, rows, dtype=torch.float64, device=device)
+    lon = torch.arange(columns, dtype=torch.float64, device=device) * (360 / columns)
+    return sphere_coords(*torch.meshgrid(lat, lon, indexing="ij")).reshape(-1, 3).to(dtype)
+
+
+def sphere_grid_shape(shape: Sequence[int], scale: int = 1) -> tuple[int, int]:
+    """Sizes (rows, columns) of the grid that `sphere_grid(shape, scale=scale)` covers."""
+    rows, columns = shape
+    check_positive("sphere_grid", "rows", rows)
+    check_positive("sphere_grid", "columns", columns)
+    check_positive("sphere_grid", "scale", scale)
+    return scale * (rows - 1) + 1, scale * columns
