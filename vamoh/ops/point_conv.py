@@ -1,0 +1,53 @@
+"""PointConv: gather neighbours, weigh them by a function of their offsets, contract, project."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vamoh._checks import FLOATING, check_tensor
+
+
+def point_conv(
+    features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor
+) -> Tensor:
+    """Continuous convolution [B, M, O] of point features (Wu et al. 2019; no density term, no division by S).
+
+    features [B, N, C]; neighbors int64 [B, M, S] and weights [B, M, S, Q], the weight net at every neighbour's offset,
+    both of batch 1 where they are shared; linear_weight [O, C·Q], channel-major; linear_bias [O]. float32 or float64
+    of one dtype and device. Differentiable in all but the neighbours.
+
+        out[b, m] = linear(flatten_{c,q} Σ_s features[b, neighbors[b, m, s], c] · weights[b, m, s, q])
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    where = "point_conv"
+    check_tensor(where, "features", features, ["B", "N", "C"], dtypes=FLOATING)
+    check_tensor(where, "weights", weights, ["B", "M", "S", "Q"], like=features)
+    shared, m, s, q = weights.shape
+    if shared not in (1, features.shape[0]):
+        raise ValueError(f"{where}: weights must have batch 1 or {features.shape[0]}, got {shared}")
+    check_tensor(where, "neighbors", neighbors, [shared, m, s], dtypes=[torch.int64])
+    check_tensor(where, "linear_weight", linear_weight, ["O", features.shape[2] * q], like=features)
+    check_tensor(where, "linear_bias", linear_bias, [linear_weight.shape[0]], like=features)
+    return point_conv_reference(features, neighbors, weights, linear_weight, linear_bias)
+
+
+def point_conv_reference(
+    features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor
+) -> Tensor:
+    """Plain torch: one product [C, S] x [S, Q] per centroid and function."""
+    contracted = gather(features, neighbors).mT @ weights  # [B, M, C, Q]
+    return F.linear(contracted.flatten(2), linear_weight, linear_bias)
+
+
+def gather(features: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of point features: [B, ..., C] from features [B, N, C] and int64 index [B, ...].
+
+    Either batch may be 1 and then serves every function of the other.
+    """
+    if index.shape[0] == 1:
+        return features.index_select(1, index.flatten()).unflatten(1, index.shape[1:])
+    rows = index.flatten(1)[..., None].expand(-1, -1, features.shape[2])
+    return features.expand(index.shape[0], -1, -1).gather(1, rows).unflatten(1, index.shape[1:])
