@@ -1,0 +1,153 @@
+"""PointConv encoder: a cloud of (coordinate, feature) pairs to the posterior over z (Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vamoh.ops.farthest_point_sample import farthest_point_sample
+from vamoh.ops.knn import knn
+from vamoh.ops.point_conv import gather, point_conv
+
+SLOPE = 0.2
+"""LeakyReLU slope between the encoder's layers (the published code's)."""
+
+
+class Neighborhood(NamedTuple):
+    """Where one encoder stage looks: int64 indices into the points of the stage before (the first: the N points).
+
+    centroids [B, M] and neighbors [B, M, S], of batch 1 where the whole batch shares them. A centroid of -1 pads an
+    item that has fewer points than M.
+    """
+
+    centroids: Tensor
+    neighbors: Tensor
+
+
+class Stage(NamedTuple):
+    """Sizes of one stage: M centroids, S neighbours, and output channels of a convolution (None: average pooling)."""
+
+    centroids: int
+    neighbors: int
+    channels: int | None
+
+
+class PointConvLayer(nn.Module):
+    """A weight net on neighbour offsets, contraction with their features, a linear layer."""
+
+    def __init__(
+        self, encoded_dim: int, in_channels: int, out_channels: int, weight_net: Sequence[int], slope: float | None
+    ) -> None:
+        super().__init__()
+        widths = [encoded_dim, *weight_net]
+        self.weight_net = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.linear = nn.Linear(in_channels * widths[-1], out_channels)
+        self.slope = slope
+
+    def forward(self, features: Tensor, encoded: Tensor, centroids: Tensor, neighbors: Tensor) -> Tensor:
+        """Features [B, N, C] at encoded coordinates [B|1, N, E] to [B, M, O] at the centroids."""
+        first, *rest = self.weight_net
+        projected = F.linear(encoded, first.weight)  # the first layer is linear in the offset: project points, not pairs
+        w = gather(projected, neighbors) - gather(projected, centroids)[:, :, None] + first.bias  # [B|1, M, S, Q]
+        for layer in rest:
+            w = layer(w if self.slope is None else F.leaky_relu(w, self.slope))
+        return point_conv(features, neighbors, w, self.linear.weight, self.linear.bias)
+
+
+class Encoder(nn.Module):
+    """Stack of PointConv, LeakyReLU and average pooling, then one linear head to [mean, log-variance].
+
+    The centroids of every stage are farthest-point samples of the points before, the neighbours the nearest of them,
+    both Euclidean in the coordinates given as metric.
+    """
+
+    def __init__(
+        self,
+        encoded_dim: int,
+        channels: int,
+        latent_dim: int,
+        stages: Sequence[Stage],
+        weight_net: Sequence[int],
+        weight_net_slope: float | None,
+    ) -> None:
+        super().__init__()
+        self.stages = tuple(stages)
+        self.convs = nn.ModuleList()
+        for stage in self.stages:
+            if stage.channels is not None:
+                self.convs.append(PointConvLayer(encoded_dim, channels, stage.channels, weight_net, weight_net_slope))
+                channels = stage.channels
+        self.head = nn.Linear(self.stages[-1].centroids * channels, 2 * latent_dim)
+
+    @property
+    def min_points(self) -> int:
+        """Fewest observed points the encoder accepts: enough neighbours everywhere, and every point the head reads."""
+        return max(self.stages[-1].centroids, *(stage.neighbors for stage in self.stages))
+
+    def neighborhoods(self, metric: Tensor, mask: Tensor | None) -> tuple[Neighborhood, ...]:
+        """One Neighborhood per stage from metric coordinates [B|1, N, E] and mask [B, N] (None: all observed).
+
+        Raises ValueError when an item has fewer than `min_points` observed points.
+        """
+        fewest = metric.shape[1] if mask is None else int(mask.sum(-1).min())
+        if fewest < self.min_points:
+            raise ValueError(
+                f"encoder: points must have at least {self.min_points} observed points per function "
+                f"(neighbours and last centroids of the encoder), got {fewest}"
+            )
+        if mask is not None:
+            metric = metric.expand(mask.shape[0], -1, -1)
+        result = []
+        for stage in self.stages:
+            centroids = farthest_point_sample(metric, stage.centroids, mask)  # [B|1, M]
+            chosen = centroids.clamp(min=0)
+            queries = gather(metric, chosen)
+            result.append(Neighborhood(centroids, knn(metric, queries, stage.neighbors, mask)))
+            metric, mask = queries, None if mask is None else centroids >= 0
+        return tuple(result)
+
+    def stage_outputs(self, values: Tensor, encoded: Tensor, neighborhoods: Sequence[Neighborhood]) -> list[Tensor]:
+        """Features [B, M, C] after every stage, from values [B, N, C] at encoded coordinates [B|1, N, E]."""
+        convs = iter(self.convs)
+        outputs = [values]
+        for stage, (centroids, neighbors) in zip(self.stages, neighborhoods, strict=True):
+            chosen = centroids.clamp(min=0)
+            if stage.channels is None:
+                outputs.append(gather(outputs[-1], neighbors).mean(2))
+            else:
+                outputs.append(F.leaky_relu(next(convs)(outputs[-1], encoded, chosen, neighbors), SLOPE))
+            encoded = gather(encoded, chosen)
+        return outputs[1:]
+
+    def forward(self, values: Tensor, encoded: Tensor, neighborhoods: Sequence[Neighborhood]) -> Tensor:
+        """Head output [B, 2Z]: mean and log-variance of q(z)."""
+        return self.head(self.stage_outputs(values, encoded, neighborhoods)[-1].flatten(1))  # type: ignore[no-any-return]
+
+
+def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[Stage], batch: int, count: int) -> None:
+    """Raise ValueError unless `neighborhoods` fit the stages and a batch of functions of `count` points."""
+    where = "encoder"
+    if len(neighborhoods) != len(stages):
+        raise ValueError(f"{where}: neighborhoods must have one entry per stage, {len(stages)}, got {len(neighborhoods)}")
+    for i, (stage, hood) in enumerate(zip(stages, neighborhoods, strict=True)):
+        centroids, neighbors = hood
+        for name, index, dim in (("centroids", centroids, 2), ("neighbors", neighbors, 3)):
+            if index.dim() != dim or index.shape[0] not in (1, batch) or index.dtype != torch.int64:
+                raise ValueError(
+                    f"{where}: {name} of neighborhoods[{i}] must be int64 with {dim} dimensions and batch 1 or "
+                    f"{batch}, got {index.dtype} {list(index.shape)}"
+                )
+            if index.numel() and int(index.max()) >= count:
+                raise ValueError(
+                    f"{where}: {name} of neighborhoods[{i}] must index the {count} points before, got {int(index.max())}"
+                )
+        wanted = [centroids.shape[0], centroids.shape[1], stage.neighbors]
+        if list(neighbors.shape) != wanted:
+            raise ValueError(f"{where}: neighbors of neighborhoods[{i}] must have shape {wanted}, got {list(neighbors.shape)}")
+        count = centroids.shape[1]
+    if count != stages[-1].centroids:
+        raise ValueError(f"{where}: the last neighborhood must have {stages[-1].centroids} centroids, got {count}")

@@ -1,0 +1,41 @@
+"""Random Fourier features of coordinates (Tancik et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vamoh._cache import ContentCache
+
+
+class FourierFeatures(nn.Module):
+    """γ(x) = [cos 2πFx, sin 2πFx] with rows of F drawn from N(0, scale²); raw coordinates when `frequencies` is 0.
+
+    Maps coords [..., D] to [..., E] with E = 2·frequencies (or D). Fixed features of a grid are computed once.
+    """
+
+    def __init__(self, coord_dim: int, frequencies: int, scale: float, learn: bool) -> None:
+        super().__init__()
+        matrix = torch.randn(frequencies, coord_dim) * scale  # [E/2, D], cycles per unit of coordinate
+        self.frequencies: Tensor
+        if learn:
+            self.frequencies = nn.Parameter(matrix)
+        else:
+            self.register_buffer("frequencies", matrix)
+        self.out_dim = 2 * frequencies if frequencies else coord_dim
+        self._cache: ContentCache[Tensor] = ContentCache()
+
+    def forward(self, coords: Tensor) -> Tensor:
+        """Encode coords [..., D] of the frequencies' dtype as [..., E]; differentiable."""
+        if not len(self.frequencies):
+            return coords
+        phase = coords @ (2 * math.pi * self.frequencies).mT
+        return torch.cat([phase.cos(), phase.sin()], -1)
+
+    def cached(self, coords: Tensor) -> Tensor:
+        """`forward`, remembered for coordinates that come again; with gradients it is computed afresh."""
+        if coords.requires_grad or self.frequencies.requires_grad:
+            return self(coords)  # type: ignore[no-any-return]
+        return self._cache.get((coords, self.frequencies), lambda: self(coords))

@@ -1,0 +1,76 @@
+"""Likelihood of a value under one component, with its learnable scale."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vamoh._checks import check_choice
+from vamoh.ops import likelihood as op
+
+
+class Likelihood(nn.Module):
+    """Discretised logistic (Eq. 17), Bernoulli or continuous Bernoulli of values in [0, 1].
+
+    kind:       "logistic", "bernoulli" or "continuous_bernoulli".
+    scale:      initial scale of the logistic for every component and channel; learned if `learn_scale`.
+    max_scale:  upper clamp of the scale (the published code's 0.1 makes it a constant); 1 is no clamp.
+    bin_width:  width of a bin: 1/256 in the published code, 1/255 for a proper probability of 8-bit data.
+    epsilon:    added to the probability before the logarithm (the published code's 1e-7).
+    open_ends:  the bins at 0 and 1 reach to infinity, as a proper probability needs.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        components: int,
+        channels: int,
+        *,
+        scale: float = 0.1,
+        learn_scale: bool = True,
+        max_scale: float = 1.0,
+        bin_width: float = 1 / 256,
+        epsilon: float = 1e-7,
+        open_ends: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("Likelihood", "likelihood", kind, op.KINDS)
+        if not 0 < scale < 1:
+            raise ValueError(f"Likelihood: scale must be between 0 and 1, got {scale}")
+        if not bin_width > 0:
+            raise ValueError(f"Likelihood: bin_width must be positive, got {bin_width}")
+        if epsilon < 0:
+            raise ValueError(f"Likelihood: epsilon must be at least 0, got {epsilon}")
+        self.op = op.Likelihood(kind, bin_width / 2, epsilon, open_ends)
+        self.max_scale = max_scale
+        raw = torch.full((components, channels), math.log(scale / (1 - scale)))
+        self.raw_scale: Tensor
+        if kind == "logistic" and learn_scale:
+            self.raw_scale = nn.Parameter(raw)
+        else:
+            self.register_buffer("raw_scale", raw)
+
+    @property
+    def scale(self) -> Tensor:
+        """Scale of the logistic [K, C], between 0 and 1."""
+        return torch.sigmoid(self.raw_scale).clamp(max=self.max_scale)
+
+    def as_pmf(self) -> op.Likelihood:
+        """The normalised likelihood of 8-bit values, for bits per dimension: 256 bins of 1/255 with open ends."""
+        if self.op.kind != "logistic":
+            return self.op
+        return op.Likelihood("logistic", half_bin=1 / 510, epsilon=0.0, open_ends=True)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Mean of the component at the coordinate network's outputs [...]."""
+        return op.mean(self.op, logits)
+
+    def check_values(self, values: Tensor) -> None:
+        """Raise ValueError unless all values lie in [0, 1]."""
+        low, high = float(values.min()), float(values.max())
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"elbo: values must lie in [0, 1] for the {self.op.kind} likelihood, got values from {low:g} to {high:g}"
+            )

@@ -1,0 +1,406 @@
+"""VaMoH: the wiring of all rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vamoh._cache import ContentCache
+from vamoh._checks import FLOATING, check_choice, check_positive, check_tensor
+from vamoh.elbo import ElboTerms, combine, importance_bound, kl_categorical
+from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
+from vamoh.encoding import FourierFeatures
+from vamoh.gating import Gating, uniform
+from vamoh.generator import Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
+from vamoh.hypernet import Hypernet
+from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
+from vamoh.likelihood import Likelihood
+from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
+from vamoh.points import PointSet
+
+Neighborhoods = tuple[Neighborhood, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Standard normal noise of one evaluation of the bound: z [B, Z] and kl [S, B, Z] (unused by a normal prior)."""
+
+    z: Tensor
+    kl: Tensor
+
+
+class VaMoH(nn.Module):
+    """Variational mixture of hypergenerators (Koyuncu et al., ICML 2023): a VAE over functions.
+
+    A function is a cloud of (coordinate, value) pairs, given as a `PointSet`. Every part of the paper is an argument:
+
+    coord_dim, channels:    D and C of the data.
+    latent_dim, components: Z and K.
+    frequencies, frequency_scale, learn_frequencies: random Fourier features; 0 frequencies take raw coordinates.
+    encoder_centroids, encoder_neighbors, encoder_channels: one PointConv per entry.
+    pool_centroids, pool_neighbors: average pooling after the first convolutions, one per entry.
+    weight_net, weight_net_slope: widths of the weight net; LeakyReLU slope between its layers, None for an affine map
+                            (the published code).
+    neighbor_metric:        "encoded" (published code) or "raw": the coordinates in which neighbours are nearest.
+    prior, flow_layers:     "flow" (planar, T layers) or "normal".
+    hypernet_widths, inr_widths: hidden widths of the K hypernetworks and of the coordinate networks they make.
+    inr_activation, inr_slope, inr_omega: "leaky_relu", "relu" or "sine"; slope of the leak, frequency of the sine.
+    gating_widths, gating_bound: hidden widths of both categorical networks; "tanh" bounds their logits (published
+                            code), "none" does not (paper).
+    likelihood:             "logistic", "bernoulli" or "continuous_bernoulli"; the six arguments after it belong to the
+                            logistic, see `vamoh.likelihood.Likelihood`.
+    kl, kl_samples:         "exact": the true bound, analytic entropy of q and a reparametrised estimate of
+                            E_q[-log p(z)]. "cross_entropy": the published code's term for a flow prior, which lacks the
+                            entropy and gives the encoder no gradient. The number of samples of the estimate.
+    initialization:         "stable": coordinate networks start at their usual scale, flow and gating near neutral.
+                            "published": default linear initialisation and a far-off flow, as the published code.
+    seed:                   of all initial values; the global random state is left alone.
+
+    `use_flow` and `use_gating_prior` are the phases of the warm-up: False holds p(z) at N(0, I) and p(c) uniform.
+    """
+
+    def __init__(
+        self,
+        *,
+        coord_dim: int,
+        channels: int,
+        latent_dim: int = 32,
+        components: int = 4,
+        frequencies: int = 128,
+        frequency_scale: float = 2.0,
+        learn_frequencies: bool = False,
+        encoder_centroids: Sequence[int] = (196, 49, 25),
+        encoder_neighbors: Sequence[int] = (9, 9, 9),
+        encoder_channels: Sequence[int] = (32, 32, 32),
+        pool_centroids: Sequence[int] = (),
+        pool_neighbors: Sequence[int] = (),
+        weight_net: Sequence[int] = (16, 16),
+        weight_net_slope: float | None = None,
+        neighbor_metric: str = "encoded",
+        prior: str = "flow",
+        flow_layers: int = 10,
+        hypernet_widths: Sequence[int] = (128, 256),
+        inr_widths: Sequence[int] = (32, 32),
+        inr_activation: str = "leaky_relu",
+        inr_slope: float = 0.1,
+        inr_omega: float = 30.0,
+        gating_widths: Sequence[int] = (32, 32),
+        gating_bound: str = "none",
+        likelihood: str = "logistic",
+        scale: float = 0.1,
+        learn_scale: bool = True,
+        max_scale: float = 1.0,
+        bin_width: float = 1 / 256,
+        epsilon: float = 1e-7,
+        open_ends: bool = False,
+        kl: str = "exact",
+        kl_samples: int = 16,
+        initialization: str = "stable",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "coord_dim": coord_dim,
+            "channels": channels,
+            "latent_dim": latent_dim,
+            "components": components,
+            "flow_layers": flow_layers,
+            "kl_samples": kl_samples,
+        }
+        for name, value in sizes.items():
+            check_positive("VaMoH", name, value)
+        check_choice("VaMoH", "neighbor_metric", neighbor_metric, ["encoded", "raw"])
+        check_choice("VaMoH", "prior", prior, ["flow", "normal"])
+        check_choice("VaMoH", "inr_activation", inr_activation, ACTIVATIONS)
+        check_choice("VaMoH", "gating_bound", gating_bound, ["none", "tanh"])
+        check_choice("VaMoH", "kl", kl, ["exact", "cross_entropy"])
+        check_choice("VaMoH", "initialization", initialization, ["stable", "published"])
+        stages = _stages(encoder_centroids, encoder_neighbors, encoder_channels, pool_centroids, pool_neighbors)
+        self.coord_dim, self.channels, self.latent_dim, self.components = coord_dim, channels, latent_dim, components
+        self.neighbor_metric, self.kl, self.kl_samples = neighbor_metric, kl, kl_samples
+        self.use_flow = self.use_gating_prior = True
+        stable = initialization == "stable"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies)
+            encoded = self.encoding.out_dim
+            self.encoder = Encoder(encoded, channels, latent_dim, stages, weight_net, weight_net_slope)
+            self.prior = FlowPrior(latent_dim, flow_layers, identity=stable) if prior == "flow" else NormalPrior()
+            self.inr = Inr((encoded, *inr_widths, channels), inr_activation, inr_slope, inr_omega)
+            self.hypernet = Hypernet(latent_dim, components, hypernet_widths, self.inr.widths, published=not stable)
+            bounded = gating_bound == "tanh"
+            self.gating_prior = Gating(encoded, 0, latent_dim, gating_widths, components, bounded)
+            self.gating_posterior = Gating(encoded, channels, latent_dim, gating_widths, components, bounded)
+        self.likelihood = Likelihood(
+            likelihood,
+            components,
+            channels,
+            scale=scale,
+            learn_scale=learn_scale,
+            max_scale=max_scale,
+            bin_width=bin_width,
+            epsilon=epsilon,
+            open_ends=open_ends,
+        )
+        self._standard_normal = NormalPrior()
+        self._neighborhoods: ContentCache[Neighborhoods] = ContentCache()
+
+    @property
+    def min_points(self) -> int:
+        """Fewest observed points per function that the encoder accepts."""
+        return self.encoder.min_points
+
+    def neighborhoods(self, points: PointSet) -> Neighborhoods:
+        """Centroids and neighbours of every encoder stage; remembered for coordinates and masks that come again.
+
+        With a mask shared by the batch the indices count the observed points only (`PointSet.compact`).
+        """
+        self._check_points(points)
+        return self._find_neighborhoods(points.compact())
+
+    def encode(self, points: PointSet, *, neighborhoods: Neighborhoods | None = None) -> Posterior:
+        """q(z | observed points) of every function."""
+        self._check_points(points)
+        return self._encode(points.compact(), neighborhoods)[0]
+
+    def elbo(
+        self,
+        points: PointSet,
+        *,
+        neighborhoods: Neighborhoods | None = None,
+        beta_z: float = 1.0,
+        beta_c: float = 1.0,
+        noise: Noise | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ElboTerms:
+        """Terms [B] of the bound on the observed points, by one sample of z; differentiable.
+
+        neighborhoods and noise default to `neighborhoods(points)` and `draw_noise(B)`.
+        Raises ValueError for values outside [0, 1].
+        """
+        self._check_points(points)
+        points = points.compact()
+        self.likelihood.check_values(points.values)
+        noise = self.draw_noise(points.batch, generator=generator) if noise is None else noise
+        posterior, features = self._encode(points, neighborhoods)
+        z = posterior.sample(noise.z)
+        log_q = self.gating_posterior(features, z, points.values)
+        log_likelihood = expected_log_likelihood(
+            self.hypernet(z), features, points.values, log_q, points.mask, self.inr, self.likelihood
+        )
+        kl_c = kl_categorical(log_q, self._log_prior_c(features, z), points.mask)
+        estimate = kl_exact if self.kl == "exact" else kl_cross_entropy
+        kl_z = estimate(posterior, self._prior_z, noise.kl)
+        return combine(log_likelihood, kl_z, kl_c, beta_z, beta_c)
+
+    @torch.no_grad()
+    def iwae(
+        self,
+        points: PointSet,
+        *,
+        samples: int = 64,
+        neighborhoods: Neighborhoods | None = None,
+        generator: torch.Generator | None = None,
+        proper: bool = False,
+    ) -> Tensor:
+        """Importance-weighted bound [B] in nats of log p(observed values), by `samples` draws of z; no gradient.
+
+        The components are summed out exactly. `proper` scores 8-bit values with a normalised probability over 256
+        levels, whatever bins the model was trained with (logistic only): what bits per dimension need.
+        """
+        self._check_points(points)
+        check_positive("iwae", "samples", samples)
+        points = points.compact()
+        self.likelihood.check_values(points.values)
+        posterior, features = self._encode(points, neighborhoods)
+        log_weights = []
+        for _ in range(samples):
+            z = posterior.sample(self._randn(points.batch, generator=generator))
+            log_likelihood = marginal_log_likelihood(
+                self.hypernet(z),
+                features,
+                points.values,
+                self._log_prior_c(features, z),
+                points.mask,
+                self.inr,
+                self.likelihood,
+                proper,
+            )
+            log_weights.append(log_likelihood + self._prior_z.log_prob(z) - posterior.log_prob(z))
+        return importance_bound(torch.stack(log_weights))
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        points: PointSet,
+        coords: Tensor | None = None,
+        *,
+        z: Tensor | None = None,
+        posterior_at: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
+    ) -> Reconstruction:
+        """Encode the observed points, decode anywhere: reconstruction, completion, super-resolution.
+
+        coords: [M, D] or [B, M, D], default the points' own coordinates, observed or not.
+        z: [B, Z], default the posterior mean.
+        posterior_at: [N] int64, the position in `coords` of every given point; there, where a point is observed, the
+        posterior over components replaces the prior. Default: every point, if `coords` is not given, else none.
+        """
+        where = "reconstruct"
+        self._check_points(points)
+        if coords is None:
+            coords, posterior_at = points.coords, torch.arange(points.count, device=points.values.device)
+        else:
+            self._check_coords(where, coords, points.batch)
+        if z is None:
+            z = self.encode(points, neighborhoods=neighborhoods).mean
+        else:
+            check_tensor(where, "z", z, [points.batch, self.latent_dim], like=points.values)
+        if posterior_at is None:
+            return self._decode(z, coords)
+        check_tensor(where, "posterior_at", posterior_at, [points.count], dtypes=[torch.int64])
+        if posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]:
+            raise ValueError(f"{where}: posterior_at must index the {coords.shape[-2]} coords")
+        known = self.gating_posterior(self.encoding(points.coords), z, points.values)
+        observed = (
+            torch.ones(points.batch, points.count, dtype=torch.bool, device=z.device)
+            if points.mask is None
+            else points.mask.expand(points.batch, -1)
+        )
+        return self._decode(z, coords, (known, observed, posterior_at))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, coords: Tensor) -> Reconstruction:
+        """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components."""
+        check_tensor("decode", "z", z, ["B", self.latent_dim], dtypes=FLOATING)
+        self._check_coords("decode", coords, z.shape[0])
+        return self._decode(z, coords)
+
+    @torch.no_grad()
+    def sample(self, count: int, coords: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
+        """`count` new functions from the prior, at coords [M, D]; means, without observation noise."""
+        return self.decode(self.sample_prior(count, generator=generator), coords)
+
+    @torch.no_grad()
+    def sample_prior(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [count, Z] from the prior."""
+        check_positive("sample_prior", "count", count)
+        return self._prior_z.sample(self._randn(count, generator=generator))
+
+    def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> Noise:
+        """Standard normal noise for one evaluation of the bound on a batch of that size."""
+        z = self._randn(batch, generator=generator)
+        samples = 0 if isinstance(self._prior_z, NormalPrior) else self.kl_samples
+        return Noise(z, self._randn(samples, batch, generator=generator))
+
+    @property
+    def _prior_z(self) -> NormalPrior | FlowPrior:
+        return self.prior if self.use_flow else self._standard_normal
+
+    def _log_prior_c(self, features: Tensor, z: Tensor) -> Tensor:
+        return self.gating_prior(features, z) if self.use_gating_prior else uniform(len(z), self.components, z)
+
+    def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
+        metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
+        return self._neighborhoods.get(
+            (points.coords, points.mask, metric), lambda: self._search_neighborhoods(points)
+        )
+
+    @torch.no_grad()
+    def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
+        metric = points.coords if self.neighbor_metric == "raw" else self.encoding(points.coords)
+        return self.encoder.neighborhoods(metric if metric.dim() == 3 else metric[None], points.mask)
+
+    def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
+        """q(z) and the encoded coordinates of compacted points."""
+        if neighborhoods is None:
+            neighborhoods = self._find_neighborhoods(points)
+        else:
+            check_neighborhoods(neighborhoods, self.encoder.stages, points.batch, points.count)
+        features = self.encoding.cached(points.coords)
+        encoded = features if features.dim() == 3 else features[None]
+        return Posterior.from_logits(self.encoder(points.values, encoded, neighborhoods)), features
+
+    def _decode(
+        self, z: Tensor, coords: Tensor, posterior: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Reconstruction:
+        """Decode with the prior over components, or the posterior where `posterior` has an observed point.
+
+        posterior: log-probabilities [B, K, N], observed [B, N], positions [N] in coords.
+        """
+
+        def log_pi(features: Tensor, part: slice) -> Tensor:
+            log_p = self._log_prior_c(features, z)
+            if posterior is None:
+                return log_p
+            known, observed, at = posterior
+            here = ((at >= part.start) & (at < part.stop)).nonzero()[:, 0]
+            log_p = log_p.expand(-1, -1, part.stop - part.start).clone()
+            position = at[here] - part.start
+            log_p[:, :, position] = torch.where(observed[:, None, here], known[:, :, here], log_p[:, :, position])
+            return log_p
+
+        return decode(self.hypernet(z), coords, self.encoding, log_pi, self.inr, self.likelihood)
+
+    def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:
+        like = self.encoder.head.weight
+        return torch.randn(
+            *shape, self.latent_dim, generator=generator, dtype=like.dtype, device=generator.device if generator else like.device
+        ).to(like.device)
+
+    def _check_points(self, points: PointSet) -> None:
+        where, like = "VaMoH", self.encoder.head.weight
+        if not isinstance(points, PointSet):
+            raise TypeError(f"{where}: points must be a PointSet, got {type(points).__name__}")
+        if points.coord_dim != self.coord_dim:
+            raise ValueError(f"{where}: coords must have D={self.coord_dim} dimensions, got {list(points.coords.shape)}")
+        check_tensor(where, "values", points.values, ["B", "N", self.channels], like=like)
+
+    def _check_coords(self, where: str, coords: Tensor, batch: int) -> None:
+        if not isinstance(coords, Tensor) or coords.dim() not in (2, 3):
+            got = list(coords.shape) if isinstance(coords, Tensor) else type(coords).__name__
+            raise ValueError(f"{where}: coords must have shape [M, {self.coord_dim}] or [B, M, {self.coord_dim}], got {got}")
+        shape = ["M", self.coord_dim] if coords.dim() == 2 else [batch, "M", self.coord_dim]
+        check_tensor(where, "coords", coords, shape, like=self.encoder.head.weight)
+
+
+def _stages(
+    centroids: Sequence[int],
+    neighbors: Sequence[int],
+    channels: Sequence[int],
+    pool_centroids: Sequence[int],
+    pool_neighbors: Sequence[int],
+) -> list[Stage]:
+    """Interleave convolutions and poolings, and check that they fit each other."""
+    where = "VaMoH"
+    if not len(centroids) == len(neighbors) == len(channels) > 0:
+        raise ValueError(
+            f"{where}: encoder_centroids, encoder_neighbors and encoder_channels must have one length >= 1, "
+            f"got {len(centroids)}, {len(neighbors)} and {len(channels)}"
+        )
+    if len(pool_centroids) != len(pool_neighbors) or len(pool_centroids) > len(centroids):
+        raise ValueError(
+            f"{where}: pool_centroids and pool_neighbors must have one length of at most {len(centroids)}, "
+            f"got {len(pool_centroids)} and {len(pool_neighbors)}"
+        )
+    stages = []
+    for i in range(len(centroids)):
+        stages.append(Stage(centroids[i], neighbors[i], channels[i]))
+        if i < len(pool_centroids):
+            stages.append(Stage(pool_centroids[i], pool_neighbors[i], None))
+    for before, stage in zip([None, *stages], stages, strict=False):
+        for name, size in (("centroids", stage.centroids), ("neighbors", stage.neighbors)):
+            check_positive(where, f"encoder {name}", size)
+        if before is not None and stage.neighbors > before.centroids:
+            raise ValueError(
+                f"{where}: encoder_neighbors must be at most the centroids of the stage before, "
+                f"got {stage.neighbors} neighbours of {before.centroids} points"
+            )
+        if before is not None and stage.centroids > before.centroids:
+            raise ValueError(
+                f"{where}: encoder_centroids must not grow along the stack, got {stage.centroids} after {before.centroids}"
+            )
+    return stages
