@@ -44,7 +44,12 @@ def check_tensor(
 
 
 def check_finite(where: str, name: str, value: Tensor) -> None:
-    """Raise ValueError when `value` holds NaN or infinite entries; says how many and where the first is."""
+    """Raise ValueError when `value` holds NaN or infinite entries; says how many and where the first is.
+
+    Contents cannot be looked at while torch.compile traces; the check is left out there.
+    """
+    if torch.compiler.is_compiling():
+        return
     bad = ~torch.isfinite(value)
     if bad.any():
         first = bad.nonzero()[0].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from vamoh.ops.point_conv import gather, point_conv
 
 SLOPE = 0.2
 """LeakyReLU slope between the encoder's layers (the published code's)."""
+
+INITIAL_LOG_VARIANCE = -3.0
+"""Of q(z), so that z carries the data from the first step."""
 
 
 class Neighborhood(NamedTuple):
@@ -48,6 +52,16 @@ class PointConvLayer(nn.Module):
         self.linear = nn.Linear(in_channels * widths[-1], out_channels)
         self.slope = slope
 
+    @torch.no_grad()
+    def keep_scale(self, neighbors: int) -> None:
+        """Initialise so that features leave at about the scale they came with, whatever the sizes."""
+        for layer in self.weight_net:
+            nn.init.normal_(layer.weight, 0, 1 / math.sqrt(layer.in_features))
+        nn.init.normal_(self.weight_net[-1].bias)
+        self.weight_net[-1].weight.div_(math.sqrt(neighbors))
+        self.weight_net[-1].bias.div_(neighbors)  # alike at every neighbour, so these add up
+        nn.init.normal_(self.linear.weight, 0, math.sqrt(2 / (1 + SLOPE**2) / self.linear.in_features))
+
     def forward(self, features: Tensor, encoded: Tensor, centroids: Tensor, neighbors: Tensor) -> Tensor:
         """Features [B, N, C] at encoded coordinates [B|1, N, E] to [B, M, O] at the centroids."""
         first, *rest = self.weight_net
@@ -73,7 +87,9 @@ class Encoder(nn.Module):
         stages: Sequence[Stage],
         weight_net: Sequence[int],
         weight_net_slope: float | None,
+        published: bool,
     ) -> None:
+        """`published`: default linear initialisation. Otherwise features keep their scale and q(z) starts narrow."""
         super().__init__()
         self.stages = tuple(stages)
         self.convs = nn.ModuleList()
@@ -82,6 +98,14 @@ class Encoder(nn.Module):
                 self.convs.append(PointConvLayer(encoded_dim, channels, stage.channels, weight_net, weight_net_slope))
                 channels = stage.channels
         self.head = nn.Linear(self.stages[-1].centroids * channels, 2 * latent_dim)
+        if not published:
+            convs = (stage for stage in self.stages if stage.channels is not None)
+            for conv, stage in zip(self.convs, convs, strict=True):
+                conv.keep_scale(stage.neighbors)
+            with torch.no_grad():
+                self.head.weight[:latent_dim].normal_(0, 1 / math.sqrt(self.head.in_features))
+                self.head.weight[latent_dim:].zero_()
+                self.head.bias[latent_dim:].fill_(INITIAL_LOG_VARIANCE)
 
     @property
     def min_points(self) -> int:
@@ -141,7 +165,7 @@ def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[
                     f"{where}: {name} of neighborhoods[{i}] must be int64 with {dim} dimensions and batch 1 or "
                     f"{batch}, got {index.dtype} {list(index.shape)}"
                 )
-            if index.numel() and int(index.max()) >= count:
+            if not torch.compiler.is_compiling() and index.numel() and int(index.max()) >= count:
                 raise ValueError(
                     f"{where}: {name} of neighborhoods[{i}] must index the {count} points before, got {int(index.max())}"
                 )

@@ -35,7 +35,7 @@ class FourierFeatures(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], -1)
 
     def cached(self, coords: Tensor) -> Tensor:
-        """`forward`, remembered for coordinates that come again; with gradients it is computed afresh."""
-        if coords.requires_grad or self.frequencies.requires_grad:
+        """`forward`, remembered for coordinates that come again; with gradients or while compiling, computed afresh."""
+        if torch.compiler.is_compiling() or coords.requires_grad or self.frequencies.requires_grad:
             return self(coords)  # type: ignore[no-any-return]
         return self._cache.get((coords, self.frequencies), lambda: self(coords))

@@ -15,6 +15,9 @@ from vamoh.layout import packed_size, unpack
 SLOPE = 0.1
 """LeakyReLU slope of the hypernetworks (the published code's)."""
 
+MODULATION = 0.5
+"""How far z moves a generated parameter at the start, relative to its own initial scale."""
+
 
 class Hypernet(nn.Module):
     """K MLPs [Z, *widths, P] with LeakyReLU, their weights stacked as [K, out, in]."""
@@ -24,8 +27,8 @@ class Hypernet(nn.Module):
     ) -> None:
         """`published`: default linear initialisation, as the published code.
 
-        Otherwise the last bias holds coordinate networks at their own usual initial scale, and z moves them by a
-        fifth of it, so that reconstructions start sensible whatever the widths.
+        Otherwise z ~ N(0, I) keeps its scale through the hidden layers, the last bias holds coordinate networks at
+        their own usual scale, and z moves their parameters by half of it.
         """
         super().__init__()
         sizes = [latent_dim, *widths, packed_size(inr_widths)]
@@ -36,19 +39,21 @@ class Hypernet(nn.Module):
             self.biases.append(torch.empty(components, b).uniform_(-bound, bound))
         if not published:
             with torch.no_grad():
+                for i, weight in enumerate(self.weights):
+                    weight.mul_(math.sqrt(3) if i == 0 else math.sqrt(6 / (1 + SLOPE**2)))  # unit variance
                 self._scale_to_inr(inr_widths)
 
     def _scale_to_inr(self, inr_widths: Sequence[int]) -> None:
-        bias, weight = self.biases[-1], self.weights[-1]
-        for i, (w, b) in enumerate(unpack(bias, inr_widths)):
+        layers = zip(
+            unpack(self.weights[-1].mT, inr_widths), unpack(self.biases[-1], inr_widths), inr_widths[:-1], strict=True
+        )
+        for i, ((weight_by_z, bias_by_z), (weight, bias), fan_in) in enumerate(layers):
             last = i == len(inr_widths) - 2
-            bound = math.sqrt((1 if last else 6) / inr_widths[i])
-            w.uniform_(-bound, bound)
-            b.uniform_(-1 / math.sqrt(inr_widths[i]), 1 / math.sqrt(inr_widths[i]))
-        for i, (w, b) in enumerate(unpack(weight.mT, inr_widths)):
-            gain = 0.2 * math.sqrt(6 / inr_widths[i])
-            w.mul_(gain)
-            b.mul_(gain)
+            std = math.sqrt((1 if last else 2) / fan_in)  # of a layer that keeps the scale of its input
+            weight.normal_(0, std)
+            bias.normal_(0, std)
+            weight_by_z.mul_(MODULATION * std)
+            bias_by_z.mul_(MODULATION * std)
 
     def forward(self, z: Tensor) -> Tensor:
         """θ [B, K, P] from z [B, Z]; P is contiguous."""

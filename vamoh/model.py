@@ -127,7 +127,7 @@ class VaMoH(nn.Module):
             torch.manual_seed(seed)
             self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies)
             encoded = self.encoding.out_dim
-            self.encoder = Encoder(encoded, channels, latent_dim, stages, weight_net, weight_net_slope)
+            self.encoder = Encoder(encoded, channels, latent_dim, stages, weight_net, weight_net_slope, published=not stable)
             self.prior = FlowPrior(latent_dim, flow_layers, identity=stable) if prior == "flow" else NormalPrior()
             self.inr = Inr((encoded, *inr_widths, channels), inr_activation, inr_slope, inr_omega)
             self.hypernet = Hypernet(latent_dim, components, hypernet_widths, self.inr.widths, published=not stable)

@@ -36,7 +36,7 @@ class PointSet:
         if not isinstance(self.coords, Tensor) or self.coords.dim() not in (2, 3):
             got = list(self.coords.shape) if isinstance(self.coords, Tensor) else type(self.coords).__name__
             raise ValueError(f"{where}: coords must have shape [N, D] or [B, N, D], got {got}")
-        shape = [count, "D"] if self.coords.dim() == 2 else [batch, count, "D"]
+        shape: list[int | str | None] = [count, "D"] if self.coords.dim() == 2 else [batch, count, "D"]
         check_tensor(where, "coords", self.coords, shape, like=values)
         check_finite(where, "coords", self.coords)
         check_finite(where, "values", values)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_choice, check_tensor
 from vamoh.layout import packed_size, unpack
+from vamoh.ops._backend import register, resolve
 from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likelihood_with_derivatives
 
 ACTIVATIONS = ("leaky_relu", "relu", "sine")
@@ -35,18 +36,26 @@ class Inr(NamedTuple):
     omega: float = 30.0
 
 
-def inr_mixture(theta: Tensor, features: Tensor, inr: Inr) -> Tensor:
+def inr_mixture(theta: Tensor, features: Tensor, inr: Inr, *, backend: str | None = None) -> Tensor:
     """Outputs [B, K, N, C] of K networks per function at the encoded points; differentiable in both tensors.
 
     theta [B, K, P] and features [N, E] or [B, N, E], float32 or float64 of one dtype and device.
     Raises TypeError or ValueError naming the argument.
     """
     _check(inr, theta, features)
+    resolve("inr_mixture", theta.device, theta.dtype, backend)
     return inr_mixture_reference(theta, features, inr)
 
 
 def inr_mixture_log_likelihood(
-    theta: Tensor, features: Tensor, values: Tensor, scale: Tensor, inr: Inr, likelihood: Likelihood
+    theta: Tensor,
+    features: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    inr: Inr,
+    likelihood: Likelihood,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Log-likelihood [B, K, N] in nats of `values` [B, N, C] under every component, summed over channels.
 
@@ -54,6 +63,7 @@ def inr_mixture_log_likelihood(
     activation: the documented slow path for gradients to coordinates and frequencies.
     """
     _check(inr, theta, features, values, scale, likelihood)
+    resolve("inr_mixture_log_likelihood", theta.device, theta.dtype, backend)
     logits = inr_mixture_reference(theta, features, inr)
     return log_likelihood(likelihood, logits, values[:, None], scale[:, None]).sum(-1)
 
@@ -66,6 +76,8 @@ def inr_mixture_expected_log_likelihood(
     scale: Tensor,
     inr: Inr,
     likelihood: Likelihood,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Expected log-likelihood under the weights q(c), in one pass that keeps no activation.
 
@@ -78,10 +90,10 @@ def inr_mixture_expected_log_likelihood(
     batch, components = theta.shape[:2]
     check_tensor("inr_mixture", "weights", weights, [batch, components, values.shape[1]], like=theta)
     if features.requires_grad:
-        log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood)
+        log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood, backend=backend)
         return (weights * log_p).sum((1, 2)), log_p.detach()
     value, log_p, _, _ = torch.ops.vamoh.inr_mixture_expected_log_likelihood(
-        theta, features, values, weights, scale, list(inr.widths), *inr[1:], *likelihood
+        theta, features, values, weights, scale, list(inr.widths), *inr[1:], *likelihood, backend
     )
     return value, log_p.detach()
 
@@ -114,7 +126,7 @@ def _check(
 torch.library.define(
     "vamoh::inr_mixture_expected_log_likelihood",
     "(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, int[] widths, str activation, "
-    "float slope, float omega, str likelihood, float half_bin, float epsilon, bool open_ends) "
+    "float slope, float omega, str likelihood, float half_bin, float epsilon, bool open_ends, str? backend) "
     "-> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
 )
 
@@ -139,7 +151,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: 
     log_p, grad_theta, grad_scale = ctx.saved_tensors  # type: ignore[attr-defined]
     per_datum = grad_value[:, None, None]
     by_scale = (per_datum * grad_scale).sum(0)
-    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 8)
+    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 9)
 
 
 torch.library.register_autograd(
@@ -173,8 +185,10 @@ def inr_mixture_expected_log_likelihood_reference(
     half_bin: float,
     epsilon: float,
     open_ends: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain torch, a few functions at a time: value, log-likelihoods, gradients to θ [B, K, P] and scale [B, K, C]."""
+    resolve("inr_mixture_expected_log_likelihood", theta.device, theta.dtype, backend)
     inr = Inr(tuple(widths), activation, slope, omega)
     kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
     batch, components, _ = theta.shape
@@ -220,3 +234,7 @@ def _activate(x: Tensor, inr: Inr) -> tuple[Tensor, Tensor]:
 def _chunks(batch: int, size: int) -> Iterator[slice]:
     step = max(1, _CHUNK // max(size, 1))
     return (slice(i, min(i + step, batch)) for i in range(0, batch, step))
+
+
+for _op in ("inr_mixture", "inr_mixture_log_likelihood", "inr_mixture_expected_log_likelihood"):
+    register(_op, "reference")

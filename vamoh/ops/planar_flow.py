@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
+from vamoh.ops._backend import register, resolve
 
 
 class PlanarFlow(NamedTuple):
@@ -27,22 +28,24 @@ class PlanarFlow(NamedTuple):
     slope: float = 0.2
 
 
-def planar_flow_log_prob(z: Tensor, flow: PlanarFlow) -> Tensor:
+def planar_flow_log_prob(z: Tensor, flow: PlanarFlow, *, backend: str | None = None) -> Tensor:
     """Log-density [S] in nats of samples z [S, Z], float32 or float64; differentiable in z and the parameters.
 
     Raises TypeError or ValueError naming the argument.
     """
     _check("planar_flow_log_prob", "z", z, flow)
+    resolve("planar_flow_log_prob", z.device, z.dtype, backend)
     base, log_det = planar_flow_inverse_reference(z, flow)
     return log_det + normal_log_prob(base, flow.loc, flow.log_scale)
 
 
-def planar_flow_sample(noise: Tensor, flow: PlanarFlow) -> tuple[Tensor, Tensor]:
+def planar_flow_sample(noise: Tensor, flow: PlanarFlow, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Samples z [S, Z] made from standard normal noise [S, Z], and their log-density [S] in nats.
 
     Raises TypeError or ValueError naming the argument.
     """
     _check("planar_flow_sample", "noise", noise, flow)
+    resolve("planar_flow_sample", noise.device, noise.dtype, backend)
     base = flow.loc + flow.log_scale.exp() * noise
     z, log_det = planar_flow_forward_reference(base, flow)
     return z, normal_log_prob(base, flow.loc, flow.log_scale) - log_det
@@ -94,3 +97,7 @@ def _check(where: str, name: str, x: Tensor, flow: PlanarFlow) -> None:
     check_tensor(where, "b", flow.b, [layers], like=x)
     check_tensor(where, "loc", flow.loc, [latent], like=x)
     check_tensor(where, "log_scale", flow.log_scale, [latent], like=x)
+
+
+register("planar_flow_log_prob", "reference")
+register("planar_flow_sample", "reference")

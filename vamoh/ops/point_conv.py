@@ -7,10 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
+from vamoh.ops._backend import register, resolve
 
 
 def point_conv(
-    features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor
+    features: Tensor,
+    neighbors: Tensor,
+    weights: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Continuous convolution [B, M, O] of point features (Wu et al. 2019; no density term, no division by S).
 
@@ -31,6 +38,7 @@ def point_conv(
     check_tensor(where, "neighbors", neighbors, [shared, m, s], dtypes=[torch.int64])
     check_tensor(where, "linear_weight", linear_weight, ["O", features.shape[2] * q], like=features)
     check_tensor(where, "linear_bias", linear_bias, [linear_weight.shape[0]], like=features)
+    resolve(where, features.device, features.dtype, backend)
     return point_conv_reference(features, neighbors, weights, linear_weight, linear_bias)
 
 
@@ -51,3 +59,6 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
         return features.index_select(1, index.flatten()).unflatten(1, index.shape[1:])
     rows = index.flatten(1)[..., None].expand(-1, -1, features.shape[2])
     return features.expand(index.shape[0], -1, -1).gather(1, rows).unflatten(1, index.shape[1:])
+
+
+register("point_conv", "reference")
