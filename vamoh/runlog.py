@@ -1,0 +1,109 @@
+"""Run log: metrics as JSON lines, and a report of the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunLog:
+    """Append-only file of JSON objects, one a line, each with an int `step`.
+
+    after_step: keep only the existing lines up to this step, so that a resumed run continues the log of an
+    uninterrupted one; a last line torn by a crash goes too. Raises ValueError for any other line that is not such an
+    object, naming the file and the line. Use as a context manager or call `close`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, after_step: int = 0) -> None:
+        self.path = Path(path)
+        kept = "".join(line + "\n" for line, entry in _read(self.path) if entry["step"] <= after_step)
+        if self.path.exists() and self.path.read_bytes() != kept.encode():
+            replacement = self.path.with_name(self.path.name + ".tmp")
+            replacement.write_text(kept, encoding="utf-8", newline="\n")
+            os.replace(replacement, self.path)
+        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the operating system."""
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; nothing can be written after."""
+        self._file.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Entries of a run log, oldest first; [] when there is none. A torn last line is left out.
+
+    Raises ValueError for any other line that is not a JSON object with an int `step`.
+    """
+    return [entry for _, entry in _read(Path(path))]
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Versions, machine, device and threads, as plain values."""
+    device = torch.device(device)
+    names = ("vamoh", "torch", "numpy", "safetensors", "triton")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in names},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    # Every whole line ends in a newline, so what follows the last one is empty or torn.
+    entries = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(
+                f"run log: line {number} of {path} must be a JSON object with an int step, got {line[:80]!r}"
+            )
+        entries.append((line, entry))
+    return entries
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,420 @@
+"""Training: the loop around the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vamoh import checkpoint
+from vamoh.config import BetaConfig, Config, config_to_dict, differences, load_config, save_config
+from vamoh.data import Dataset, open_dataset
+from vamoh.elbo import ElboTerms
+from vamoh.metrics import psnr
+from vamoh.model import VaMoH
+from vamoh.points import PointSet
+from vamoh.runlog import RunLog, environment
+
+# What may change between a run and its continuation: nothing that alters the steps themselves.
+_FREE = ("steps", "checkpoint_every", "log_every", "evaluate_every", "threads", "tensorboard")
+_ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
+# An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
+_MAX_PSNR = 150.0
+
+
+class NonFiniteLoss(RuntimeError):
+    """A term of the loss, the gradient or a parameter became NaN or infinite.
+
+    term: its name. step: the update that was being computed, counted from 1. indices: the data of the batch.
+    culprits: those of them whose term is bad.
+    """
+
+    def __init__(self, term: str, step: int, indices: list[int], culprits: list[int], note: str = "") -> None:
+        super().__init__(
+            f"train: {term} became NaN or infinite in step {step} for data {culprits} of the batch {indices}{note}"
+        )
+        self.term, self.step, self.indices, self.culprits = term, step, indices, culprits
+
+
+class TrainingInterrupted(RuntimeError):
+    """SIGINT or SIGTERM ended the run after a whole step, and the checkpoint was saved.
+
+    signal: its number. step: the updates done. run_folder: where to resume.
+    """
+
+    def __init__(self, signal_number: int, step: int, run_folder: Path) -> None:
+        name = signal.Signals(signal_number).name
+        super().__init__(
+            f"train: stopped by {name} after step {step}, saved; continue with: vamoh train --resume {run_folder}"
+        )
+        self.signal, self.step, self.run_folder = signal_number, step, run_folder
+
+
+def train(
+    config: Config,
+    out: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> VaMoH:
+    """Train the model of `config` into the run folder `out` and return it, ready for inference.
+
+    Writes config.yaml, environment.json, metrics.jsonl and checkpoint/ (the first one before the first step).
+    resume: continue the run in `out` from its checkpoint; the configuration must be the run's own, except how long it
+    trains and how often it reports. On the CPU the result equals that of an uninterrupted run to the last bit.
+    progress: show a progress bar on stderr.
+
+    Raises FileExistsError if `out` is in use and `resume` is False, FileNotFoundError if it holds no checkpoint and
+    `resume` is True, ValueError for a device, configuration or data set that does not fit, NonFiniteLoss when
+    training diverges (the last good checkpoint stays), TrainingInterrupted on SIGINT or SIGTERM.
+    """
+    out, place = Path(out), checkpoint.check_device("train", device)
+    _check_folder(out, config, resume)
+    with ExitStack() as stack:
+        stack.enter_context(_threads(config.train.threads))
+        writer = _summary_writer() if config.train.tensorboard else None
+        data = config.data
+        dataset = open_dataset(data.name, path=data.path, size=data.size, root=data.root)
+        if resume:
+            trainer = Trainer.resume(config, dataset, out, device=place)
+        else:
+            trainer = Trainer(config, dataset, device=place)
+            trainer.save(out)
+        save_config(config, out / "config.yaml")
+        (out / "environment.json").write_text(json.dumps(environment(place), indent=2) + "\n", encoding="utf-8")
+        log = stack.enter_context(RunLog(out / "metrics.jsonl", after_step=trainer.steps_done))
+        board = writer(out / "tensorboard", purge_step=trainer.steps_done + 1) if writer else None
+        if board is not None:
+            stack.callback(board.close)
+        try:
+            _run(trainer, out, log, board, progress)
+        except NonFiniteLoss as error:
+            note = f"; the last good checkpoint is kept in {out / 'checkpoint'}"
+            raise NonFiniteLoss(error.term, error.step, error.indices, error.culprits, note) from None
+    return trainer.model.eval()
+
+
+class Trainer:
+    """Model, optimizer and random states of a run; `step` does one update.
+
+    An epoch is a new permutation of the training split in whole batches (the rest is left out; a split smaller than a
+    batch is one batch). Schedules follow the epochs done so far, a fraction within an epoch: the learning rate is
+    lr · lr_decay^epochs (grown linearly over the first lr_warmup steps), warm-ups and β ramps end when `epochs` reaches
+    their bound. `seconds` counts the steps alone, without evaluations and checkpoints.
+
+    Raises ValueError when the data set has too few points for the configuration.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        *,
+        device: str | torch.device = "cpu",
+        model: VaMoH | None = None,
+    ) -> None:
+        self.config, self.dataset = config, dataset
+        self.device = checkpoint.check_device("Trainer", device)
+        coord_dim, channels = dataset.coord_dim, dataset.channels
+        if model is None:
+            model = checkpoint.new_model(config, coord_dim, channels)
+        if (model.coord_dim, model.channels) != (coord_dim, channels):
+            raise ValueError(
+                f"Trainer: data set {dataset.name} must have {model.coord_dim} coordinate dimensions and "
+                f"{model.channels} channels as the model, got {coord_dim} and {channels}"
+            )
+        self.model = model.to(self.device).train()
+        _check_points(config, dataset, self.model.min_points)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            self.parameters,
+            lr=config.train.lr,
+            weight_decay=config.train.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.indices = dataset.splits["train"]
+        if len(self.indices) == 0:
+            raise ValueError(f"Trainer: the train split of data set {dataset.name} must not be empty")
+        self.batch_size = min(config.train.batch_size, len(self.indices))
+        self.steps_per_epoch = len(self.indices) // self.batch_size
+        self.steps_done = 0
+        self.seconds = 0.0
+        self._points = _generator(config.seed, _POINTS)
+        self._noise = _generator(config.seed, _NOISE)
+        self._order = (-1, self.indices)
+
+    @classmethod
+    def resume(
+        cls, config: Config, dataset: Dataset, run_folder: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    ) -> Trainer:
+        """Continue from the checkpoint of a run folder."""
+        trainer = cls(config, dataset, device=device, model=checkpoint.load(run_folder, device))
+        state = checkpoint.load_training_state(run_folder)
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.steps_done, trainer.seconds = state["step"], state["seconds"]
+        trainer._points.set_state(state["points"])
+        trainer._noise.set_state(state["noise"])
+        return trainer
+
+    def save(self, run_folder: str | os.PathLike[str]) -> None:
+        """Write a checkpoint, if the parameters and the bound of a batch are finite; NonFiniteLoss otherwise."""
+        indices = self.indices[: self.batch_size]
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise NonFiniteLoss("a parameter", self.steps_done, indices.tolist(), [])
+        self._bound(indices, _generator(self.config.seed, _VALIDATION))
+        state = {
+            "seconds": self.seconds,
+            "optimizer": self.optimizer.state_dict(),
+            "points": self._points.get_state(),
+            "noise": self._noise.get_state(),
+        }
+        checkpoint.save(run_folder, self.model, self.config, self.steps_done, state)
+
+    def step(self) -> dict[str, float]:
+        """Do one update and return its line of the log (terms are batch means in nats).
+
+        Raises NonFiniteLoss before a bad update reaches the parameters.
+        """
+        start = time.perf_counter()
+        settings, epoch = self.config.train, self.steps_done / self.steps_per_epoch
+        indices = self._batch_indices()
+        points = self._thin(self.dataset.batch(indices)).to(self.device)
+        self.model.use_flow = epoch >= settings.flow_warmup
+        self.model.use_gating_prior = epoch >= settings.gating_warmup
+        beta_z, beta_c = beta_at(settings.beta_z, epoch), beta_at(settings.beta_c, epoch)
+        warmth = min(1.0, (self.steps_done + 1) / max(settings.lr_warmup, 1))
+        lr = settings.lr * settings.lr_decay**epoch * warmth
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.model.elbo(points, beta_z=beta_z, beta_c=beta_c, generator=self._noise)
+        terms.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
+        result = _batch_means(terms, self.steps_done + 1, indices, norm)
+        self.optimizer.step()
+        self.steps_done += 1
+        self.seconds += time.perf_counter() - start
+        return {
+            "step": self.steps_done,
+            "epoch": self.steps_done / self.steps_per_epoch,
+            **result,
+            "beta_z": beta_z,
+            "beta_c": beta_c,
+            "lr": lr,
+            "points": points.count,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, split: str = "validation") -> dict[str, float]:
+        """Means over a split: the terms of the bound with β = 1 [nats] and the PSNR of the reconstruction [dB].
+
+        Draws the same noise, and the same `num_points` points, every time; no point dropout.
+        Raises ValueError for an empty split, NonFiniteLoss for a bad term.
+        """
+        every = self.dataset.splits[split]
+        if len(every) == 0:
+            raise ValueError(f"Trainer.evaluate: split {split} of data set {self.dataset.name} must not be empty")
+        generator = _generator(self.config.seed, _VALIDATION)
+        totals: dict[str, float] = {}
+        for indices in every.split(self.batch_size):
+            terms, points = self._bound(indices, generator)
+            mean = self.model.reconstruct(points).mean
+            decibel = psnr(mean, points.values, points.mask).clamp(max=_MAX_PSNR)
+            for name, value in {**terms, "psnr": decibel.mean().item()}.items():
+                totals[name] = totals.get(name, 0.0) + value * len(indices) / len(every)
+        return totals
+
+    def _batch_indices(self) -> Tensor:
+        epoch, position = divmod(self.steps_done, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            generator = _generator(self.config.seed, _ORDER, epoch)
+            self._order = (epoch, self.indices[torch.randperm(len(self.indices), generator=generator)])
+        return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+
+    def _thin(self, points: PointSet) -> PointSet:
+        """Leave out points at random (Alg. 1); the encoder always keeps as many as it needs.
+
+        Where items observe different points and one would keep too few, the batch stays whole.
+        """
+        settings = self.config.train
+        if settings.num_points is not None:
+            points = points.compact().subsample(settings.num_points, self._points)
+        if settings.point_dropout > 0:
+            rate = settings.point_dropout * float(torch.rand((), generator=self._points))
+            fewer = points.compact().drop(rate, self._points, at_least=self.model.min_points)
+            points = fewer if _fewest(fewer) >= self.model.min_points else points
+        return points
+
+    @torch.no_grad()
+    def _bound(self, indices: Tensor, generator: torch.Generator) -> tuple[dict[str, float], PointSet]:
+        points = self.dataset.batch(indices)
+        if self.config.train.num_points is not None:
+            points = points.compact().subsample(self.config.train.num_points, generator)
+        points = points.to(self.device)
+        terms = self.model.elbo(points, generator=generator)
+        return _batch_means(terms, self.steps_done, indices), points
+
+
+def beta_at(config: BetaConfig, epoch: float) -> float:
+    """Weight of a KL term after `epoch` epochs (see `BetaConfig`)."""
+    if config.schedule == "constant" or epoch >= config.end:
+        return config.value
+    if epoch <= config.start:
+        return 0.0
+    t = (epoch - config.start) / (config.end - config.start)
+    ramp = {"linear": t, "quadratic": t * t, "exponential": math.pow(2.0, t) - 1.0}
+    return config.value * ramp[config.schedule]
+
+
+def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -> None:
+    settings = trainer.config.train
+    logged_step, logged_seconds = trainer.steps_done, trainer.seconds
+
+    def record(split: str, values: Mapping[str, float]) -> None:
+        log.write({"split": split, **values})
+        if board is not None:
+            for name, value in values.items():
+                board.add_scalar(f"{split}/{name}", value, values["step"])
+
+    bar = tqdm(total=settings.steps, initial=trainer.steps_done, disable=not progress, unit="step", dynamic_ncols=True)
+    with bar, _stop_signals() as received:
+        while trainer.steps_done < settings.steps:
+            values = trainer.step()
+            step, last = trainer.steps_done, trainer.steps_done == settings.steps
+            terms = {name: f"{values[name]:.1f}" for name in ("elbo", "log_likelihood", "kl_z", "kl_c")}
+            bar.set_postfix(terms, refresh=False)
+            bar.update()
+            if step % settings.log_every == 0 or step == 1 or last:
+                data = (step - logged_step) * trainer.batch_size
+                rate = data / max(trainer.seconds - logged_seconds, 1e-9)
+                record("train", {**values, "seconds": trainer.seconds, "datum_per_second": rate})
+                logged_step, logged_seconds = step, trainer.seconds
+            if (step % settings.evaluate_every == 0 or last) and len(trainer.dataset.splits["validation"]):
+                times = {"epoch": values["epoch"], "seconds": trainer.seconds}
+                record("validation", {"step": step, **times, **trainer.evaluate()})
+            stop = bool(received)
+            if step % settings.checkpoint_every == 0 or last or stop:
+                log.sync()
+                trainer.save(out)
+            if stop and not last:
+                raise TrainingInterrupted(received[0], step, out)
+
+
+def _check_folder(out: Path, config: Config, resume: bool) -> None:
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(
+                f"train: out must be a new or empty folder, got {out}, which is in use; continue it with "
+                f"vamoh train --resume {out} or choose another"
+            )
+        return
+    if not checkpoint.has_checkpoint(out):
+        raise FileNotFoundError(f"train: nothing to resume in {out}: no checkpoint in {out / 'checkpoint'}")
+    run = load_config(out / "config.yaml")
+    freed = replace(run.train, **{name: getattr(config.train, name) for name in _FREE})
+    lines = differences(config_to_dict(replace(run, train=freed)), config_to_dict(config))
+    if lines:
+        raise ValueError(
+            f"train: {out} was started with another configuration: {'; '.join(lines)} "
+            f"(on resume only train.{', '.join(_FREE)} may change)"
+        )
+
+
+def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:
+    count, settings = dataset.coords.shape[-2], config.train
+    if count < min_points:
+        raise ValueError(
+            f"Trainer: data set {dataset.name} must have the {min_points} points that the encoder needs, got {count}"
+        )
+    if settings.num_points is not None and not min_points <= settings.num_points <= count:
+        raise ValueError(
+            f"Trainer: train.num_points must be from {min_points} (what the encoder needs) to {count} (the points of "
+            f"data set {dataset.name}), got {settings.num_points}"
+        )
+
+
+def _batch_means(terms: ElboTerms, step: int, indices: Tensor, norm: Tensor | None = None) -> dict[str, float]:
+    """Means of the terms [B] and the gradient norm, fetched from the device at once; NonFiniteLoss for a bad one."""
+    values = {"elbo": terms.elbo, "log_likelihood": terms.log_likelihood, "kl_z": terms.kl_z, "kl_c": terms.kl_c}
+    if norm is not None:
+        values["grad_norm"] = norm
+    means = torch.stack([value.detach().mean() for value in values.values()]).tolist()
+    result = dict(zip(values, means, strict=True))
+    bad = [name for name, mean in result.items() if not math.isfinite(mean)]
+    if bad:
+        # The bound and the gradient are bad whenever a term is; name the term.
+        cause = next((name for name in bad if name not in ("elbo", "grad_norm")), bad[0])
+        where = ~values[cause].detach().isfinite().cpu() if cause != "grad_norm" else torch.ones(len(indices)).bool()
+        raise NonFiniteLoss(cause, step, indices.tolist(), indices[where].tolist())
+    return result
+
+
+def _fewest(points: PointSet) -> int:
+    """Observed points of the function that has the fewest."""
+    return points.count if points.mask is None else int(points.mask.sum(-1).min())
+
+
+def _generator(*keys: int) -> torch.Generator:
+    """Independent stream of random numbers for each sequence of keys; on the CPU, so the draws fit any device."""
+    seed = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'train: train.tensorboard needs the tensorboard package ({error}): pip install "vamoh[tensorboard]"'
+        ) from error
+    return SummaryWriter
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying; after the first one they act as before again."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    # Python delivers signals to the main thread only and lets no other install handlers.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
+    try:
+        yield received
+    finally:
+        restore()
