@@ -1,0 +1,331 @@
+"""The command line, run in this process on tiny runs of image, sphere and voxel data."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vamoh import commands
+from vamoh.cli import COMMANDS, main
+from vamoh.config import PRESETS, load_config
+from vamoh.train import TrainingInterrupted
+
+TINY = shlex.split("""
+    --model.latent_dim 3 --model.components 2 --model.frequencies 4 --model.encoder_centroids 16 4
+    --model.encoder_neighbors 4 4 --model.encoder_channels 4 4 --model.weight_net 4 --model.flow_layers 2
+    --model.hypernet_widths 6 --model.inr_widths 5 --model.gating_widths 6 --model.pool_centroids --model.pool_neighbors
+    --train.steps 3 --train.batch_size 4 --train.log_every 1 --train.evaluate_every 2 --train.flow_warmup 0
+""")
+SHAPES = {"image": (8, 9), "sphere": (46, 90), "voxels": (6, 6, 6)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_train(kind: str, folder: Path, *more: str) -> int:
+    generator = np.random.default_rng(0)
+    if kind == "sphere":
+        source = ["climate", "--train.num_points", "100"]
+    else:
+        grids = generator.random((20, *SHAPES[kind]))
+        likelihood = "bernoulli" if kind == "voxels" else "logistic"
+        np.save(folder / "data.npy", grids > 0.5 if kind == "voxels" else (grids * 255).astype(np.uint8))
+        source = ["digits", "--data.name", "arrays", "--data.path", str(folder / "data.npy")]
+        source += ["--model.likelihood", likelihood]
+    return main(["train", *source, *TINY, "--out", str(folder / "run"), *more])
+
+
+@pytest.fixture(scope="module", params=["image", "sphere", "voxels"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Kind and folder of a run that `vamoh train` has made."""
+    folder = tmp_path_factory.mktemp(request.param)
+    assert tiny_train(request.param, folder) == 0
+    return request.param, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def image_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("image")
+    assert tiny_train("image", folder) == 0
+    return folder / "run"
+
+
+def assert_picture(path: Path) -> None:
+    with Image.open(path) as image:
+        picture = np.asarray(image.convert("RGB"))
+    assert min(picture.shape[:2]) >= 120
+    assert picture.std() > 2
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str, status: int = 2) -> str:
+    """Run a command that must fail; return its one line on stderr."""
+    capsys.readouterr()
+    assert main(list(args)) == status
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_writes_figures_and_an_evaluation(run: tuple[str, Path]) -> None:
+    kind, folder = run
+    for name in ("samples.png", "strip.png", "losses.png"):
+        assert_picture(folder / name)
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["split"] == "test"
+    assert np.isfinite([result["psnr"], result["bits_per_dim"], result["elbo"], result["completion_psnr"]]).all()
+    assert ("iou" in result) == (kind == "voxels")
+    assert (result.get("unit") == "K") == (kind == "sphere")
+
+
+@pytest.mark.parametrize(
+    "command, arrays",
+    [
+        ("reconstruct --count 3", {"input", "mean", "mean_map", "pi", "psnr", "index"}),
+        ("superres --count 3 --scale 2", {"input", "mean", "mean_map", "index"}),
+        ("complete --count 3 --mask half", {"input", "observed", "mean", "mean_map", "psnr_missing", "index"}),
+        ("segment --count 3", {"input", "pi", "segmentation", "entropy", "index"}),
+        ("sample --count 3", {"z", "mean", "mean_map", "segmentation", "entropy"}),
+    ],
+)
+def test_commands_write_a_figure_and_its_arrays(
+    run: tuple[str, Path], tmp_path: Path, command: str, arrays: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, folder = run
+    name, *options = command.split()
+    split = [] if name == "sample" else ["--split", "train"]
+    assert main([name, str(folder), *options, *split, "--out", str(tmp_path / "new")]) == 0
+    shown = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'new' / name}.png" in shown and f"{name}.npz" in shown
+    assert_picture(tmp_path / "new" / f"{name}.png")
+    with np.load(tmp_path / "new" / f"{name}.npz") as file:
+        assert set(file) == arrays
+        shape = SHAPES[kind]
+        if name == "superres":
+            shape = (91, 180) if kind == "sphere" else tuple(2 * n - 1 for n in shape)
+        assert file["mean" if "mean" in arrays else "input"].shape == (3, *shape, 1)
+        assert all(np.isfinite(file[key]).all() for key in file)
+        if "pi" in arrays:
+            assert file["pi"].shape == (3, *shape, 2)
+            assert file["pi"].sum(-1) == pytest.approx(1, abs=1e-5)
+
+
+def test_reconstruct_takes_data_by_position(image_run: Path, tmp_path: Path) -> None:
+    assert main(["reconstruct", str(image_run), "--split", "train", "--index", "5", "2", "--out", str(tmp_path)]) == 0
+    config = load_config(image_run / "config.yaml")
+    data = np.load(str(config.data.path))
+    with np.load(tmp_path / "reconstruct.npz") as file:
+        assert file["input"][..., 0] * 255 == pytest.approx(data[file["index"]].astype(float), abs=1e-3)
+        train = commands.open_run(image_run, "cpu", 0).dataset.splits["train"]
+        assert file["index"].tolist() == train[[5, 2]].tolist()
+
+
+def test_complete_takes_a_mask_from_a_file(image_run: Path, tmp_path: Path) -> None:
+    mask = np.zeros((8, 9), dtype=bool)
+    mask[:6] = True
+    np.save(tmp_path / "mask.npy", mask)
+    assert main(["complete", str(image_run), "--mask", str(tmp_path / "mask.npy"), "--out", str(tmp_path)]) == 0
+    with np.load(tmp_path / "complete.npz") as file:
+        assert (file["observed"] == mask).all()
+
+
+def test_sampling_follows_the_seed(image_run: Path, tmp_path: Path) -> None:
+    means = []
+    for i, seed in enumerate(("1", "1", "2")):
+        assert main(["sample", str(image_run), "--count", "2", "--seed", seed, "--out", str(tmp_path / str(i))]) == 0
+        with np.load(tmp_path / str(i) / "sample.npz") as file:
+            means.append(file["z"])
+    assert np.array_equal(means[0], means[1]) and not np.array_equal(means[0], means[2])
+
+
+def test_evaluate_prints_a_table_and_writes_json(
+    image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--samples", "2", "--count", "1", "--mask", "random:0.5", "--split", "validation"]
+    assert main(["evaluate", str(image_run), *options, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (result["split"], result["functions"], result["importance_samples"]) == ("validation", 1, 2)
+    for words in (f"{result['psnr']:.4g} dB", "bits per dimension", "completion PSNR (random:0.5)", "ELBO"):
+        assert words in shown
+
+
+def test_resume_continues_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_train("image", tmp_path) == 0
+    folder = tmp_path / "run"
+    assert main(["train", "--resume", str(folder), "--train.steps", "5"]) == 0
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 5
+    assert tiny_train("image", tmp_path, "--resume", "--train.steps", "6") == 0
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert "is in use" in fails(capsys, "train", str(folder / "config.yaml"), "--out", str(folder))
+
+
+def test_overrides_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda **options: seen.append(options) or "done")
+    arguments = "--out a --device cpu digits --seed 3 --model.components 7 --model.learn_scale False --data.size 9"
+    assert main(["train", *arguments.split(), "--train.beta_z.schedule", "linear", "--train.threads", "2"]) == 0
+    options = seen[0]
+    config = options["config"]
+    assert (options["source"], options["out"], options["resume"]) == ("digits", Path("a"), False)
+    assert (config.preset, config.seed, config.data.name, config.data.size) == ("digits", 3, "digits", 9)
+    assert (config.model.components, config.model.learn_scale) == (7, False)
+    assert (config.train.beta_z.schedule, config.train.threads) == ("linear", 2)
+    assert config.model.hypernet_widths == PRESETS["digits"].model.hypernet_widths
+
+
+@pytest.mark.parametrize(
+    "line, out, resume",
+    [
+        ("digits --resume --out a", "a", True),
+        ("--resume --out a digits", "a", True),
+        ("--resume runs/b digits", "runs/b", True),
+        ("--seed=2 digits", None, False),
+        ("digits --resume=a --out=a", "a", True),
+    ],
+)
+def test_resume_takes_a_folder_or_the_default(
+    line: str, out: str | None, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda **options: seen.append(options) or "done")
+    assert main(["train", *line.split()]) == 0
+    assert (seen[0]["out"], seen[0]["resume"]) == (None if out is None else Path(out), resume)
+
+
+def test_default_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert commands._run_folder("digits", False) == Path("runs/digits")
+    Path("runs/digits").mkdir(parents=True)
+    assert commands._run_folder("digits", False) == Path("runs/digits-2")
+    Path("runs/digits-2").mkdir()
+    assert commands._run_folder("some/digits.yaml", False) == Path("runs/digits-3")
+    assert commands._run_folder("digits", True) == Path("runs/digits-2")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    wanted = [] if name == "info" else ["--out", "--device", "--seed"]
+    wanted += [] if name in ("info", "train") else ["RUN"]
+    wanted += {"superres": ["--scale"], "complete": ["--mask", "random:RATE"], "sample": ["--count"]}.get(name, [])
+    assert all(word in shown for word in wanted)
+
+
+def test_help_of_a_preset_lists_every_override_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "era5", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    config = PRESETS["era5"]
+    for section in ("data", "model", "train"):
+        for name in vars(getattr(config, section)):
+            assert f"--{section}.{name}" in shown
+    assert "continuous_bernoulli)" in shown and f"(default: {config.train.steps})" in shown
+    assert "--preset" not in shown
+
+
+def test_main_help_lists_the_commands_without_loading_torch() -> None:
+    code = (
+        "import sys; from vamoh.cli import main; status = main(['--help']); sys.exit(status or 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_info_reports_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for words in (torch.__version__, "threads", "device", "knn", "reference", "native module"):
+        assert words in shown
+
+
+def test_mistakes_are_one_line_and_status_two(
+    image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(image_run)
+    assert "did you mean 'digits'?" in fails(capsys, "train", "digit")
+    assert "first argument must be a preset" in fails(capsys, "train")
+    assert "first argument must be a preset" in fails(capsys, "train", "--model.components", "3", "digits")
+    assert "no configuration file" in fails(capsys, "train", str(tmp_path / "none.yaml"))
+    assert "no configuration file" in fails(capsys, "train", "--resume", str(tmp_path / "none"))
+    assert "--out must be left out or name the resumed run" in fails(capsys, "train", "--resume", run, "--out", "a")
+    assert f"no run in {tmp_path}" in fails(capsys, "sample", str(tmp_path))
+    assert "split must be one of" in fails(capsys, "segment", run, "--split", "tset")
+    assert "index must lie from 0 to" in fails(capsys, "reconstruct", run, "--index", "99")
+    assert "count must be at least 1, got 0" in fails(capsys, "sample", run, "--count", "0")
+    assert "scale must be at least 1, got 0" in fails(capsys, "superres", run, "--scale", "0")
+    assert "did you mean 'patch'?" in fails(capsys, "complete", run, "--mask", "pach")
+    assert "between 0 and 1, got 'random:2'" in fails(capsys, "complete", run, "--mask", "random:2")
+    assert "samples must be at least 1" in fails(capsys, "evaluate", run, "--samples", "0")
+    assert "seed must be between 0 and 2^63 - 1, got -1" in fails(capsys, "sample", run, "--seed", "-1")
+    assert "'abacus'" in fails(capsys, "sample", run, "--device", "abacus")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_device_is_explained(image_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["sample", str(image_run)], ["train", "digits", "--out", str(image_run.parent / "other")]):
+        assert "device must be one this machine has, got 'cuda'" in fails(capsys, *command, "--device", "cuda")
+
+
+@pytest.mark.parametrize("args", [[], ["trian"], ["sample"], ["train", "digits", "--model.componentz", "3"]])
+def test_unknown_or_missing_arguments_have_status_two(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    assert capsys.readouterr().err
+
+
+def test_bad_overrides_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "digits", "--model.componentz", "3"]) == 2
+    assert "--model.components INT" in capsys.readouterr().err
+    assert main(["train", "digits", "--model.components", "0"]) == 2
+    assert "model.components must be at least 1, got 0" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_traceback_comes_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["sample", str(tmp_path), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("VAMOH_DEBUG", "1")
+    assert main(["sample", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ends_of_training_have_their_own_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(error: Exception) -> None:
+        def train(**options: object) -> str:
+            raise error
+
+        monkeypatch.setattr(commands, "train", train)
+
+    end(TrainingInterrupted(signal.SIGTERM, 5, Path("runs/a")))
+    line = fails(capsys, "train", "digits", status=128 + 15)
+    assert "vamoh train --resume runs/a" in line and "error" not in line
+    end(RuntimeError("kl_z became\nNaN"))
+    assert fails(capsys, "train", "digits", status=1) == "vamoh: error: kl_z became NaN"
+
+
+def test_bare_points_have_no_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "points.npz",
+        coords=generator.random((20, 30, 2), dtype=np.float32),
+        values=generator.random((20, 30, 1), dtype=np.float32),
+    )
+    run = tmp_path / "run"
+    source = ["digits", "--data.name", "arrays", "--data.path", str(tmp_path / "points.npz")]
+    assert main(["train", *source, *TINY, "--out", str(run)]) == 0
+    assert (run / "evaluation.json").is_file() and not (run / "strip.png").exists()
+    assert "bare points" in fails(capsys, "reconstruct", str(run))

@@ -1,0 +1,134 @@
+"""Evaluation: its averages against numbers computed here with numpy."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vamoh.data import Dataset
+from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, split_indices, thin
+from vamoh.generator import Reconstruction
+from vamoh.masks import completion_mask
+from vamoh.model import VaMoH
+from vamoh.points import PointSet, grid_coords
+
+
+def tiny_model(coord_dim: int = 2, likelihood: str = "logistic") -> VaMoH:
+    return VaMoH(
+        coord_dim=coord_dim, channels=1, latent_dim=3, components=2, frequencies=4, encoder_centroids=(12, 4),
+        encoder_neighbors=(4, 4), encoder_channels=(4, 4), weight_net=(4,), flow_layers=2, hypernet_widths=(6, 8),
+        inr_widths=(5,), gating_widths=(6,), likelihood=likelihood,
+    ).eval()  # fmt: skip
+
+
+def dataset(shape: tuple[int, ...] = (6, 6), count: int = 10, mask: Tensor | None = None, unit: str = "") -> Dataset:
+    values = torch.rand(count, math.prod(shape), 1, generator=torch.Generator().manual_seed(0))
+    voxels = len(shape) == 3
+    return Dataset(
+        name="noise", kind="voxels" if voxels else "image", shape=shape, coords=grid_coords(shape),
+        values=values.round() if voxels else (values * 255).to(torch.uint8), mask=mask,
+        splits={"train": torch.arange(4), "validation": torch.arange(4, 5), "test": torch.arange(5, count)},
+        likelihood="bernoulli" if voxels else "logistic", units=(unit, 200.0, 320.0),
+    )  # fmt: skip
+
+
+def test_reconstruction_and_completion_are_measured_as_defined() -> None:
+    data, model = dataset(unit="K"), tiny_model()
+    result = evaluate_model(model, data, samples=2, mask="half")
+    points = data.batch(data.splits["test"])
+    target = points.values.numpy().astype(np.float64)
+    mean = model.reconstruct(points).mean.numpy()
+    errors = ((mean - target) ** 2).mean((1, 2))
+    assert result["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-4)
+    assert result["mse"] == pytest.approx(errors.mean(), rel=1e-4)
+    assert result["rmse"] == pytest.approx(np.mean(120 * np.sqrt(errors)), rel=1e-4)
+    assert result["unit"] == "K"
+    seen = completion_mask("half", (6, 6)).flatten()
+    mean = model.reconstruct(points.with_mask(seen)).mean.numpy()
+    errors = ((mean - target)[:, ~seen.numpy()] ** 2).mean((1, 2))
+    assert result["completion_psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-4)
+    assert (result["functions"], result["points"], result["completion_mask"]) == (5, 36, "half")
+
+
+def test_terms_and_bits_are_consistent() -> None:
+    result = evaluate_model(tiny_model(), dataset(), samples=3, importance_count=2)
+    assert result["elbo"] == pytest.approx(result["log_likelihood"] - result["kl_z"] - result["kl_c"], rel=1e-5)
+    assert result["bits_per_dim"] == pytest.approx(-result["importance_bound"] / (36 * math.log(2)), rel=1e-6)
+    assert (result["importance_samples"], result["importance_functions"]) == (3, 2)
+    # A normalised probability of random bytes cannot do better than 8 bits on average.
+    assert result["bits_per_dim"] > 7.5
+
+
+def test_voxels_have_an_intersection_over_union() -> None:
+    data, model = dataset((4, 4, 4)), tiny_model(3, "bernoulli")
+    result = evaluate_model(model, data, samples=2)
+    points = data.batch(data.splits["test"])
+    guess, target = model.reconstruct(points).mean.numpy() >= 0.5, points.values.numpy() >= 0.5
+    expected = np.mean([(g & t).sum() / (g | t).sum() for g, t in zip(guess, target, strict=True)])
+    assert result["iou"] == pytest.approx(expected, rel=1e-6)
+    assert 0 <= result["completion_iou"] <= 1
+
+
+def test_values_at_unobserved_points_do_not_matter() -> None:
+    mask = torch.rand(10, 36, generator=torch.Generator().manual_seed(1)) < 0.8
+    data = dataset(mask=mask)
+    other = replace(data, values=torch.where(mask[..., None], data.values, 255 - data.values))
+    model = tiny_model()
+    first, second = (evaluate_model(model, d, samples=2) for d in (data, other))
+    numbers = [name for name, value in first.items() if isinstance(value, float)]
+    assert len(numbers) >= 9
+    assert [first[name] for name in numbers] == pytest.approx([second[name] for name in numbers], rel=1e-6)
+    observed = mask[5:].sum(-1).double().mean().item()
+    assert first["bits_per_dim"] == pytest.approx(-first["importance_bound"] / (observed * math.log(2)), rel=0.1)
+
+
+def test_the_encoder_sees_at_most_num_points() -> None:
+    data, model = dataset(), tiny_model()
+    points = data.batch(torch.arange(3))
+    generator = torch.Generator().manual_seed(0)
+    assert thin(points, 20, generator).count == 20
+    assert thin(points, None, generator) is points
+    assert thin(points, 36, generator) is points
+    half = points.with_mask(torch.arange(36) < 18)
+    assert thin(half, 15, generator).count == 15
+    assert infer(model, points, 20, generator).shape == (3, 3)
+    assert evaluate_model(model, data, samples=2, num_points=20)["points"] == 20
+
+
+def test_same_seed_same_result_and_plain_json() -> None:
+    data, model = dataset(), tiny_model()
+    first = evaluate_model(model, data, samples=2, count=3, mask="random:0.5", seed=4)
+    assert first == evaluate_model(model, data, samples=2, count=3, mask="random:0.5", seed=4)
+    assert first != evaluate_model(model, data, samples=2, count=3, mask="random:0.5", seed=5)
+    assert json.loads(json.dumps(first, allow_nan=False)) == first
+
+
+def test_an_exact_reconstruction_has_a_finite_psnr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exact(model: VaMoH, points: PointSet, z: Tensor) -> Reconstruction:
+        return Reconstruction(points.values, points.values, torch.ones(*points.values.shape[:2], 1))
+
+    monkeypatch.setattr(VaMoH, "reconstruct", exact)
+    result = evaluate_model(tiny_model(), dataset(), samples=1)
+    assert (result["psnr"], result["completion_psnr"], result["mse"]) == (MAX_PSNR, MAX_PSNR, 0.0)
+
+
+def test_choices_of_data_are_checked() -> None:
+    data = dataset()
+    assert split_indices(data, "test", index=(2, 0)).tolist() == [7, 5]
+    assert split_indices(data, "test", count=2).tolist() == [5, 6]
+    assert split_indices(data, "test", count=99).tolist() == [5, 6, 7, 8, 9]
+    with pytest.raises(ValueError, match=r"split must be one of train, validation, test, got 'tests'"):
+        split_indices(data, "tests")
+    with pytest.raises(ValueError, match=r"index must lie from 0 to 4 in split test of noise, got \[1, 5\]"):
+        split_indices(data, "test", index=(1, 5))
+    with pytest.raises(ValueError, match=r"data: count must be at least 1, got 0"):
+        split_indices(data, "test", count=0)
+    empty = replace(data, splits={**data.splits, "test": torch.arange(0)})
+    with pytest.raises(ValueError, match=r"split test of noise must not be empty"):
+        split_indices(empty, "test")

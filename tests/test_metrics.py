@@ -1,0 +1,69 @@
+"""Metrics against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vamoh import metrics
+
+
+def test_mse_averages_points_and_channels_of_each_function() -> None:
+    target = torch.zeros(2, 2, 2)
+    prediction = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]])
+    assert metrics.mse(prediction, target).tolist() == [0.25, 0.25]
+
+
+def test_masks_leave_points_out_shared_or_per_function() -> None:
+    target = torch.zeros(2, 2, 1)
+    prediction = torch.tensor([[[3.0], [1.0]], [[2.0], [5.0]]])
+    assert metrics.mse(prediction, target, torch.tensor([False, True])).tolist() == [1.0, 25.0]
+    assert metrics.mse(prediction, target, torch.tensor([[False, True], [True, False]])).tolist() == [1.0, 4.0]
+
+
+def test_psnr_is_minus_ten_log10_of_the_error() -> None:
+    target = torch.zeros(3, 4, 1, dtype=torch.float64)
+    prediction = torch.stack([target[0] + 0.1, target[1] + 0.01, target[2]])
+    assert metrics.psnr(prediction, target)[:2].tolist() == pytest.approx([20.0, 40.0])
+    assert metrics.psnr(prediction, target)[2].item() == math.inf
+
+
+def test_rmse_is_in_natural_units() -> None:
+    target = torch.zeros(1, 4, 1)
+    prediction = torch.tensor([[[0.3], [0.4], [0.0], [0.0]]])
+    assert metrics.rmse(prediction, target, span=120.0).item() == pytest.approx(120 * 0.25)
+
+
+def test_iou_counts_points_at_or_above_the_threshold() -> None:
+    target = torch.tensor([[[1.0], [1.0], [0.0], [0.0]]])
+    prediction = torch.tensor([[[0.5], [0.49], [0.9], [0.1]]])
+    assert metrics.iou(prediction, target).item() == pytest.approx(1 / 3)
+    assert metrics.iou(prediction, target, torch.tensor([True, True, False, True])).item() == pytest.approx(1 / 2)
+
+
+def test_iou_of_two_empty_functions_is_one() -> None:
+    assert metrics.iou(torch.zeros(1, 3, 1), torch.zeros(1, 3, 1)).item() == 1.0
+
+
+def test_uniform_probability_over_256_levels_takes_eight_bits() -> None:
+    points, channels = 5, 3
+    nats = torch.tensor([points * channels * math.log(1 / 256)], dtype=torch.float64)
+    assert metrics.bits_per_dim(nats, points, channels).item() == pytest.approx(8.0)
+
+
+def test_mismatched_arguments_are_named() -> None:
+    good = torch.zeros(2, 3, 1)
+    with pytest.raises(ValueError, match=r"psnr: prediction must have shape \[2, 3, 1\], got \[2, 4, 1\]"):
+        metrics.psnr(torch.zeros(2, 4, 1), good)
+    with pytest.raises(TypeError, match=r"mse: prediction must have dtype torch.float32, got torch.float64"):
+        metrics.mse(good.double(), good)
+    with pytest.raises(ValueError, match=r"iou: mask must have shape \[3\] or \[2, 3\], got \[4\]"):
+        metrics.iou(good, good, torch.ones(4, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"mse: mask must have dtype bool, got float32"):
+        metrics.mse(good, good, torch.ones(3))
+    with pytest.raises(ValueError, match=r"got function 1 without"):
+        metrics.mse(good, good, torch.tensor([[True, True, True], [False, False, False]]))
+    with pytest.raises(ValueError, match=r"bits_per_dim: points must be at least 1, got 0"):
+        metrics.bits_per_dim(torch.zeros(1), 0, 1)

@@ -1,0 +1,241 @@
+"""The command line: parses, then calls one function of `vamoh.commands` per command."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import FlagConversionOff, Positional, arg
+
+from vamoh.config import PRESETS, DataConfig, ModelConfig, TrainConfig, load_config
+
+DESCRIPTION = """VaMoH: learn distributions over functions from points.
+
+  vamoh train digits            train on the bundled digits, into runs/digits
+  vamoh sample runs/digits      draw new functions from the trained model
+
+An error is one line; --debug, or VAMOH_DEBUG=1, adds the traceback."""
+
+Run = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, as vamoh train writes it")]
+
+
+@dataclass(frozen=True)
+class _Common:
+    out: Path | None = None
+    """folder for the results; default: the run folder"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+    seed: int = 0
+    """seed of random draws"""
+
+
+@dataclass(frozen=True)
+class _Choice(_Common):
+    split: str = "test"
+    """train, validation or test"""
+    index: tuple[int, ...] = ()
+    """positions in the split; default: the first --count"""
+    count: int = 8
+    """how many functions, from the start of the split"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a preset or a config.yaml; draw and evaluate the result.
+
+    Options with a dot override single values of the configuration; their defaults are those of the preset or file.
+    Ctrl-C ends the run after the current step and saves it.
+    """
+
+    data: FlagConversionOff[DataConfig]
+    model: FlagConversionOff[ModelConfig]
+    train: FlagConversionOff[TrainConfig]
+    out: Path | None = None
+    """run folder; default: runs/PRESET, or with the first free number"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+    seed: int = 0
+    """seed of the initial values and of every random draw"""
+    resume: Annotated[str | None, arg(metavar="[RUN]")] = None
+    """continue RUN, default the folder of --out; then the preset may be left out"""
+
+
+@dataclass(frozen=True)
+class Reconstruct(_Choice):
+    """Encode functions of the data and decode them: reconstruct.png and .npz."""
+
+    run: Run = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Sample(_Common):
+    """Draw new functions from the prior: sample.png and .npz."""
+
+    run: Run = field(kw_only=True)
+    count: int = 64
+    """how many functions"""
+
+
+@dataclass(frozen=True)
+class Superres(_Choice):
+    """Decode functions of the data on a finer grid: superres.png and .npz."""
+
+    run: Run = field(kw_only=True)
+    scale: int = 4
+    """refinement of the grid along every axis"""
+
+
+@dataclass(frozen=True)
+class Complete(_Choice):
+    """Fill in masked points of the data, in- or out-painting: complete.png and .npz."""
+
+    run: Run = field(kw_only=True)
+    mask: str = "patch"
+    """patch: a hole in the centre; half: only the left half is seen; outside: only the centre is seen;
+    random:RATE: points are missing with that probability; or a .npy or .png file, white or True where seen"""
+
+
+@dataclass(frozen=True)
+class Segment(_Choice):
+    """Show which component explains each point, and how certainly: segment.png and .npz."""
+
+    run: Run = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Evaluate(_Common):
+    """Measure PSNR, bits per dimension, ELBO terms, completion (IoU for voxels): evaluation.json."""
+
+    run: Run = field(kw_only=True)
+    split: str = "test"
+    """train, validation or test"""
+    count: int | None = None
+    """how many functions, from the start of the split; default: all"""
+    samples: int = 64
+    """importance samples of the bound behind bits per dimension"""
+    mask: str = "patch"
+    """mask of the completion, as in vamoh complete"""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, devices, threads and the backends of every op."""
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "reconstruct": Reconstruct,
+    "sample": Sample,
+    "superres": Superres,
+    "complete": Complete,
+    "segment": Segment,
+    "evaluate": Evaluate,
+    "info": Info,
+}
+
+
+# Options of train that may come before its PRESET, each with a value.
+COMMON = ("--out", "--device", "--seed", "--resume")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line `args` (default: the process's own) and return the exit status.
+
+    0: done. 1: training diverged. 2: bad input, reported as one line on stderr. 128 + n: stopped by signal n.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given or os.environ.get("VAMOH_DEBUG", "") not in ("", "0")
+    given = [token for token in given if token != "--debug"]
+    name = given[0] if given else ""
+    try:
+        if name == "train":
+            return _run(name, _parse_train(given[1:]))
+        options = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="vamoh", description=DESCRIPTION, args=given, use_underscores=True
+        )
+        return _run(name, vars(options))
+    except SystemExit as stop:
+        # From tyro: 0 after --help, 2 after a mistake it has explained.
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("vamoh: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())
+        stopped_by = getattr(error, "signal", None)
+        if stopped_by is not None:
+            print(f"vamoh: {reason}", file=sys.stderr)
+            return 128 + int(stopped_by)
+        print(f"vamoh: error: {reason}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _run(name: str, options: dict[str, Any]) -> int:
+    from vamoh import commands
+
+    print(getattr(commands, name)(**options))
+    return 0
+
+
+def _parse_train(args: list[str]) -> dict[str, Any]:
+    """Options of `train`: the preset or file is found first, because it holds the defaults of all the others."""
+    # Options that are read here may come as one word.
+    pairs = [token.split("=", 1) if token.split("=")[0] in COMMON else [token] for token in args]
+    source, rest = _split_source([token for pair in pairs for token in pair])
+    resumed = _value_of(rest, "--resume")
+    if "--resume" in rest and resumed is None:
+        rest.insert(rest.index("--resume") + 1, "")
+    if source is None and "--resume" in rest:
+        source = str(Path(resumed or _value_of(rest, "--out") or ".") / "config.yaml")
+    if source is None and not {"-h", "--help"} & set(rest):
+        raise ValueError(
+            f"train: the first argument must be a preset ({', '.join(PRESETS)}) or a config.yaml, "
+            f"got {args[0] if args else 'none'}"
+        )
+    source = source or "digits"
+    config = load_config(source)
+    options = tyro.cli(
+        Train,
+        prog="vamoh train PRESET|config.yaml",
+        description=f"{inspect.getdoc(Train)}\n\nPresets: {', '.join(PRESETS)}. The defaults here are {source}'s.",
+        args=rest,
+        use_underscores=True,
+        default=Train(config.data, config.model, config.train, seed=config.seed),
+    )
+    if options.resume and options.out is not None and options.out != Path(options.resume):
+        raise ValueError(f"train: --out must be left out or name the resumed run {options.resume}, got {options.out}")
+    chosen = replace(config, data=options.data, model=options.model, train=options.train, seed=options.seed)
+    return {
+        "source": source,
+        "config": chosen,
+        "out": Path(options.resume) if options.resume else options.out,
+        "device": options.device,
+        "resume": options.resume is not None,
+    }
+
+
+def _split_source(args: list[str]) -> tuple[str | None, list[str]]:
+    """Take the first argument that is neither an option nor the value of --out, --device, --seed or --resume."""
+    position = 0
+    while position < len(args) and args[position].startswith("-"):
+        if args[position] not in COMMON and "=" not in args[position]:
+            return None, list(args)
+        position += 1 if _value_of(args[position:], args[position]) is None or "=" in args[position] else 2
+    if position >= len(args):
+        return None, list(args)
+    return args[position], args[:position] + args[position + 1 :]
+
+
+def _value_of(args: list[str], option: str) -> str | None:
+    """What follows an option, unless that is another option."""
+    after = args[args.index(option) + 1 :][:1] if option in args else []
+    return None if not after or after[0].startswith("-") else after[0]

@@ -1,0 +1,406 @@
+"""What the commands do: each opens a run, calls the model, and writes a figure and the arrays behind it.
+
+Every function returns the text to show. Unless `out` names a folder, results go to the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import vamoh
+from vamoh import checkpoint, figures
+from vamoh.config import Config, load_config
+from vamoh.data import Dataset, open_dataset
+from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
+from vamoh.figures import Column, Look
+from vamoh.masks import completion_mask
+from vamoh.metrics import psnr
+from vamoh.model import VaMoH
+from vamoh.ops import status
+from vamoh.points import PointSet
+from vamoh.runlog import read_log
+from vamoh.train import train as train_model
+
+Array = NDArray[Any]
+
+# What the evaluation after training may cost: points to reconstruct, and points times importance samples to score.
+RECONSTRUCTED_POINTS = 800_000
+SCORED_POINTS = 3_200_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, opened: its configuration, data and model."""
+
+    folder: Path
+    config: Config
+    dataset: Dataset
+    model: VaMoH
+    device: torch.device
+    seed: int
+
+    @property
+    def look(self) -> Look:
+        """How its data is drawn."""
+        return Look(self.dataset.kind, self.model.components, self.dataset.units)
+
+    def points(self, index: Tensor) -> PointSet:
+        """Functions of the data set on the run's device."""
+        return self.dataset.batch(index).to(self.device)
+
+    def infer(self, points: PointSet) -> Tensor:
+        """Posterior mean [B, Z] of z, from as many points as training showed the encoder."""
+        return infer(self.model, points, self.config.train.num_points, torch.Generator().manual_seed(self.seed))
+
+    def grid(self, values: Tensor, scale: int = 1) -> Array:
+        """Reorder values [B, M, ...] at the points of the `scale` times refined grid to [B, *shape, ...]."""
+        array: Array = values.cpu().numpy()
+        return array.reshape(len(array), *self.dataset.grid(scale)[1], *array.shape[2:])
+
+    def observed(self, points: PointSet) -> Array:
+        """Which points are observed, [B, *shape] bool."""
+        mask = torch.ones(points.count, dtype=torch.bool) if points.mask is None else points.mask
+        return self.grid(mask.expand(points.batch, -1))
+
+
+def train(source: str, config: Config, *, out: Path | None, device: str, resume: bool) -> str:
+    """Train `config` into a run folder, then draw and evaluate it.
+
+    source: what the default folder runs/NAME is named after.
+    """
+    folder = out if out is not None else _run_folder(source, resume)
+    train_model(config, folder, device=device, resume=resume)
+    return summarize(open_run(folder, device, config.seed))
+
+
+def reconstruct(
+    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int
+) -> str:
+    """Encode functions and decode them at their own points."""
+    opened = open_run(run, device, seed)
+    indices, points = _data(opened, split, index, count)
+    result = opened.model.reconstruct(points, z=opened.infer(points))
+    decibel = psnr(result.mean, points.values, points.mask).clamp(max=MAX_PSNR).tolist()
+    arrays = {
+        "index": indices.numpy(),
+        "input": opened.grid(points.values),
+        "mean": opened.grid(result.mean),
+        "mean_map": opened.grid(result.mean_map),
+        "pi": opened.grid(result.pi),
+        "psnr": np.array(decibel),
+    }
+    mask = opened.observed(points)
+    columns = [
+        Column("Input", _values(arrays["input"], opened.look, mask), "values"),
+        Column("Reconstruction", _values(arrays["mean"], opened.look)),
+        Column("Most probable component", _values(arrays["mean_map"], opened.look)),
+    ]
+    return _write(opened, out, "reconstruct", columns, arrays, [f"{value:.1f} dB" for value in decibel])
+
+
+def sample(run: Path, *, out: Path | None, device: str, seed: int, count: int) -> str:
+    """Draw new functions from the prior."""
+    opened = open_run(run, device, seed)
+    _need_grid(opened)
+    samples = _sample(opened, count)
+    folder = _folder(opened, out)
+    figure = figures.write_samples(folder / "sample.png", samples["mean"], opened.look)
+    return _written(figure, _save_arrays(folder / "sample.npz", samples))
+
+
+def superres(
+    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int, scale: int
+) -> str:
+    """Decode functions on a grid refined `scale` times."""
+    opened = open_run(run, device, seed)
+    indices, points = _data(opened, split, index, count)
+    coords = opened.dataset.grid(scale)[0].to(opened.device)
+    # The prior over components everywhere: the posterior at the given points alone would draw a dotted grid.
+    result = opened.model.decode(opened.infer(points), coords)
+    arrays = {
+        "index": indices.numpy(),
+        "input": opened.grid(points.values),
+        "mean": opened.grid(result.mean, scale),
+        "mean_map": opened.grid(result.mean_map, scale),
+    }
+    mask = opened.observed(points)
+    columns = [
+        Column("Input", _values(arrays["input"], opened.look, mask), "values"),
+        Column(f"{scale}× super-resolution", _values(arrays["mean"], opened.look)),
+    ]
+    columns += _globes(arrays["mean"], opened.look)
+    return _write(opened, out, "superres", columns, arrays)
+
+
+def complete(
+    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int, mask: str
+) -> str:
+    """Fill in the points that a mask hides."""
+    opened = open_run(run, device, seed)
+    indices, points = _data(opened, split, index, count)
+    seen = completion_mask(mask, opened.dataset.shape, seed=seed).flatten().to(opened.device)
+    partial = observe(points, seen)
+    result = opened.model.reconstruct(partial, z=opened.infer(partial))
+    hidden = ~seen if points.mask is None else points.mask & ~seen
+    decibel = psnr(result.mean, points.values, hidden).clamp(max=MAX_PSNR).tolist()
+    observed = opened.observed(partial)
+    arrays = {
+        "index": indices.numpy(),
+        "input": opened.grid(points.values),
+        "observed": observed,
+        "mean": opened.grid(result.mean),
+        "mean_map": opened.grid(result.mean_map),
+        "psnr_missing": np.array(decibel),
+    }
+    columns = [
+        Column("Input", _values(arrays["input"], opened.look, opened.observed(points)), "values"),
+        Column("Masked input", _values(arrays["input"], opened.look, observed)),
+        Column("Completion", _values(arrays["mean"], opened.look)),
+    ]
+    return _write(opened, out, "complete", columns, arrays, [f"{value:.1f} dB" for value in decibel])
+
+
+def segment(
+    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int
+) -> str:
+    """Show which component explains each point, and how certain that is."""
+    opened = open_run(run, device, seed)
+    indices, points = _data(opened, split, index, count)
+    result = opened.model.reconstruct(points, z=opened.infer(points))
+    arrays = {
+        "index": indices.numpy(),
+        "input": opened.grid(points.values),
+        "pi": opened.grid(result.pi),
+        "segmentation": opened.grid(result.segmentation),
+        "entropy": opened.grid(result.entropy),
+    }
+    columns = [Column("Input", _values(arrays["input"], opened.look, opened.observed(points)), "values")]
+    columns += _maps(arrays["segmentation"], arrays["entropy"], arrays["input"], opened.look)
+    return _write(opened, out, "segment", columns, arrays)
+
+
+def evaluate(
+    run: Path, *, out: Path | None, device: str, seed: int, split: str, count: int | None, samples: int, mask: str
+) -> str:
+    """Measure the model on a split and write evaluation.json."""
+    opened = open_run(run, device, seed)
+    result = evaluate_model(
+        opened.model,
+        opened.dataset,
+        split=split,
+        count=count,
+        samples=samples,
+        mask=mask,
+        num_points=opened.config.train.num_points,
+        seed=seed,
+        progress=True,
+    )
+    path = _save_json(_folder(opened, out) / "evaluation.json", result)
+    return f"{table(result)}\n{_written(path)}"
+
+
+def info() -> str:
+    """Report versions, devices, threads and the backends of every op."""
+    lines = [
+        f"vamoh    {vamoh.__version__}",
+        f"python   {sys.version.split()[0]}",
+        f"torch    {torch.__version__}",
+        f"device   {_devices()}",
+        f"threads  {torch.get_num_threads()}",
+    ]
+    return "\n".join([*lines, "", str(status())])
+
+
+def open_run(run: Path, device: str, seed: int) -> Run:
+    """Open a run folder.
+
+    Raises FileNotFoundError where there is no run, ValueError for a damaged one, a missing device or a bad seed.
+    """
+    place = checkpoint.check_device("vamoh", device)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"vamoh: seed must be between 0 and 2^63 - 1, got {seed}")
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"no run in {run}: a run folder has a config.yaml, as vamoh train writes it")
+    config = load_config(run / "config.yaml")
+    model = checkpoint.load(run, place)
+    data = config.data
+    return Run(run, config, open_dataset(data.name, data.path, data.size, data.root), model, place, seed)
+
+
+def summarize(run: Run) -> str:
+    """Write samples.png, strip.png, losses.png and evaluation.json of a finished run; return a short report."""
+    paths, points = [], run.dataset.values.shape[1]
+    if run.dataset.kind != "points":
+        count = {"image": 64, "sphere": 8, "voxels": 16}[run.dataset.kind]
+        paths.append(figures.write_samples(run.folder / "samples.png", _sample(run, count)["mean"], run.look))
+        paths.append(_strip(run))
+    log = read_log(run.folder / "metrics.jsonl")
+    if log:
+        seen = run.config.train.num_points or points
+        paths.append(figures.write_losses(run.folder / "losses.png", log, seen))
+    split = "test" if len(run.dataset.splits["test"]) else "validation"
+    samples = 32
+    result = evaluate_model(
+        run.model,
+        run.dataset,
+        split=split,
+        count=max(8, RECONSTRUCTED_POINTS // points),
+        importance_count=max(4, SCORED_POINTS // (points * samples)),
+        samples=samples,
+        num_points=run.config.train.num_points,
+        seed=run.seed,
+        progress=True,
+    )
+    paths.append(_save_json(run.folder / "evaluation.json", result))
+    return f"{table(result)}\n{_written(*paths)}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Lay out an evaluation as lines of name, value and unit."""
+    unit = result.get("unit", "")
+    rows = [
+        ("reconstruction PSNR", "psnr", "dB"),
+        ("reconstruction RMSE", "rmse", unit),
+        ("reconstruction IoU", "iou", ""),
+        (f"completion PSNR ({result['completion_mask']})", "completion_psnr", "dB"),
+        (f"completion RMSE ({result['completion_mask']})", "completion_rmse", unit),
+        (f"completion IoU ({result['completion_mask']})", "completion_iou", ""),
+        ("ELBO", "elbo", "nats"),
+        ("  log-likelihood", "log_likelihood", "nats"),
+        ("  KL of the latent", "kl_z", "nats"),
+        ("  KL of the components", "kl_c", "nats"),
+        ("bits per dimension", "bits_per_dim", f"at most, {result['importance_samples']} importance samples "
+         f"of {result['importance_functions']} functions"),
+    ]  # fmt: skip
+    shown = [(label, f"{result[name]:.4g}" if abs(result[name]) < 100 else f"{result[name]:.1f}", unit)
+             for label, name, unit in rows if name in result]  # fmt: skip
+    width, digits = max(len(label) for label, _, _ in shown), max(len(number) for _, number, _ in shown)
+    title = f"{result['data']}, {result['split']} split, {result['functions']} functions of {result['points']} points"
+    return "\n".join([title, *(f"{a:<{width}}  {b:>{digits}} {c}".rstrip() for a, b, c in shown)])
+
+
+def _strip(run: Run) -> Path:
+    """Draw what the model makes of a few held-out functions, side by side."""
+    look, kind = run.look, run.dataset.kind
+    split = "test" if len(run.dataset.splits["test"]) else "validation"
+    indices = split_indices(run.dataset, split, count={"image": 6, "sphere": 4, "voxels": 3}[kind])
+    points = run.points(indices)
+    z = run.infer(points)
+    result = run.model.reconstruct(points, z=z)
+    partial = observe(points, completion_mask("patch", run.dataset.shape).flatten())
+    completed = run.model.reconstruct(partial, z=run.infer(partial))
+    # A solid refined four times has 64 times as many points, and looks the same at this size.
+    scale = 2 if kind == "voxels" else 4
+    finer = run.grid(run.model.decode(z, run.dataset.grid(scale)[0].to(run.device)).mean, scale)
+    given, mean = run.grid(points.values), run.grid(result.mean)
+    columns = [
+        Column("Input", _values(given, look, run.observed(points)), "values"),
+        Column("Reconstruction", _values(mean, look)),
+        Column("Masked input", _values(given, look, run.observed(partial))),
+        Column("Completion", _values(run.grid(completed.mean), look)),
+        Column(f"{scale}× super-resolution", _values(finer, look)),
+        *_globes(finer, look),
+        *_maps(run.grid(result.segmentation), run.grid(result.entropy), given, look),
+    ]
+    return figures.write_strip(run.folder / "strip.png", columns, look)
+
+
+def _data(run: Run, split: str, index: tuple[int, ...], count: int) -> tuple[Tensor, PointSet]:
+    _need_grid(run)
+    indices = split_indices(run.dataset, split, index, count)
+    return indices, run.points(indices)
+
+
+def _need_grid(run: Run) -> None:
+    if run.dataset.kind == "points":
+        raise ValueError(f"{run.dataset.name} holds bare points; figures need data on a grid, use the Python interface")
+
+
+def _sample(run: Run, count: int) -> dict[str, Array]:
+    generator = torch.Generator(device=run.device).manual_seed(run.seed)
+    z = run.model.sample_prior(count, generator=generator)
+    result = run.model.decode(z, run.dataset.grid()[0].to(run.device))
+    return {
+        "z": z.cpu().numpy(),
+        "mean": run.grid(result.mean),
+        "mean_map": run.grid(result.mean_map),
+        "segmentation": run.grid(result.segmentation),
+        "entropy": run.grid(result.entropy),
+    }
+
+
+def _values(values: Array, look: Look, masks: Array | None = None) -> list[Array]:
+    return [figures.show_values(v, look, None if masks is None else masks[i]) for i, v in enumerate(values)]
+
+
+def _globes(values: Array, look: Look) -> list[Column]:
+    if look.kind != "sphere":
+        return []
+    return [Column("Globe", [figures.show_globe(v, look) for v in values], frame=False)]
+
+
+def _maps(index: Array, entropy: Array, solid: Array, look: Look) -> list[Column]:
+    solids = solid[..., 0] >= 0.5 if look.kind == "voxels" else [None] * len(index)
+    return [
+        Column("Components", [figures.show_components(i, look, s) for i, s in zip(index, solids, strict=True)],
+               "components"),
+        Column("Entropy", [figures.show_entropy(e, look, s) for e, s in zip(entropy, solids, strict=True)], "entropy"),
+    ]  # fmt: skip
+
+
+def _write(
+    run: Run,
+    out: Path | None,
+    name: str,
+    columns: list[Column],
+    arrays: Mapping[str, Array],
+    labels: list[str] | None = None,
+) -> str:
+    folder = _folder(run, out)
+    figure = figures.write_strip(folder / f"{name}.png", columns, run.look, labels)
+    return _written(figure, _save_arrays(folder / f"{name}.npz", arrays))
+
+
+def _folder(run: Run, out: Path | None) -> Path:
+    folder = run.folder if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run_folder(source: str, resume: bool) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that does not exist; to resume, the last one that does."""
+    folder = Path("runs") / Path(source).stem
+    last, number = folder, 2
+    while folder.exists():
+        last, folder, number = folder, folder.with_name(f"{Path(source).stem}-{number}"), number + 1
+    return last if resume else folder
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def _save_json(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _written(*paths: Path) -> str:
+    return "\n".join(f"wrote {path}" for path in paths)
+
+
+def _devices() -> str:
+    if not torch.cuda.is_available():
+        return "cpu (no CUDA device)"
+    return "cpu, " + ", ".join(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))

@@ -1,0 +1,147 @@
+"""Evaluation of a model over a split of a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vamoh import metrics
+from vamoh._checks import check_positive
+from vamoh.data import Dataset
+from vamoh.masks import completion_mask
+from vamoh.model import VaMoH
+from vamoh.points import PointSet
+
+# Stands for the infinite PSNR of an exact reconstruction, so that averages stay finite.
+MAX_PSNR = 100.0
+# Points of one batch, which bounds the memory.
+MAX_POINTS = 2**18
+
+
+def split_indices(dataset: Dataset, split: str, index: tuple[int, ...] = (), count: int | None = None) -> Tensor:
+    """Indices [n] int64 of the functions at positions `index` of a split, or of its first `count`, or of all.
+
+    Raises ValueError for an unknown or empty split, a position outside it, or a count below 1.
+    """
+    if split not in dataset.splits:
+        raise ValueError(f"data: split must be one of {', '.join(dataset.splits)}, got {split!r}")
+    found = dataset.splits[split]
+    if len(found) == 0:
+        raise ValueError(f"data: split {split} of {dataset.name} must not be empty")
+    if index:
+        if min(index) < 0 or max(index) >= len(found):
+            raise ValueError(
+                f"data: index must lie from 0 to {len(found) - 1} in split {split} of {dataset.name}, got {list(index)}"
+            )
+        return found[torch.tensor(index)]
+    return found if count is None else found[: check_positive("data", "count", count)]
+
+
+def thin(points: PointSet, count: int | None, generator: torch.Generator) -> PointSet:
+    """Keep at most `count` points that any function observes, drawn at random; None keeps all.
+
+    A model trained on that many points meets, at inference, the density it was trained on.
+    """
+    points = points.compact()
+    return points if count is None or count >= points.count else points.subsample(count, generator)
+
+
+def infer(model: VaMoH, points: PointSet, num_points: int | None, generator: torch.Generator) -> Tensor:
+    """Posterior mean [B, Z] from the observed points, of which the encoder sees at most `num_points`."""
+    return model.encode(thin(points, num_points, generator)).mean
+
+
+def observe(points: PointSet, seen: Tensor | None) -> PointSet:
+    """Restrict what is observed to `seen` [N] bool; None leaves it as it is."""
+    if seen is None:
+        return points
+    seen = seen.to(points.values.device)
+    return points.with_mask(seen if points.mask is None else points.mask & seen)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: VaMoH,
+    dataset: Dataset,
+    *,
+    split: str = "test",
+    count: int | None = None,
+    importance_count: int | None = None,
+    samples: int = 64,
+    mask: str = "patch",
+    num_points: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a model on a split; averages over its functions.
+
+    count, importance_count: use the first so many functions of the split (None: all), the second one for the
+    importance-weighted bound of `samples` samples. mask: of the completion, see `completion_mask`.
+    num_points: the encoder and the bounds see at most so many random points of each function (None: all).
+
+    Returns plain values: data, split, functions, points; elbo, log_likelihood, kl_z, kl_c (nats per function, by one
+    sample); importance_samples, importance_functions, importance_bound (nats), bits_per_dim (from that bound, with a
+    normalised probability of 8-bit values for the logistic; a density's for the continuous Bernoulli); psnr (dB) and
+    mse of the reconstruction; completion_mask, completion_psnr (dB, missing points only). Voxels add iou and
+    completion_iou (threshold 0.5); data with a unit add rmse, completion_rmse and unit.
+    Raises ValueError for an unknown split or mask.
+    """
+    device = next(model.parameters()).device
+    batch_size = max(1, min(32, MAX_POINTS // dataset.values.shape[1]))
+    indices = split_indices(dataset, split, count=count)
+    weighted = split_indices(dataset, split, count=importance_count if importance_count is not None else count)
+    shape = dataset.shape or (dataset.values.shape[1],)
+    seen = completion_mask(mask, shape, seed=seed).flatten().to(device)
+    # None: a bar on a terminal only.
+    quiet = None if progress else True
+    noise = torch.Generator(device=device).manual_seed(seed)
+    choice = torch.Generator().manual_seed(seed)
+    columns: dict[str, list[Tensor]] = {}
+
+    def collect(**values: Tensor) -> None:
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value.double().cpu())
+
+    def compare(prefix: str, mean: Tensor, points: PointSet, where: Tensor | None) -> None:
+        target = points.values
+        collect(**{f"{prefix}psnr": metrics.psnr(mean, target, where).clamp(max=MAX_PSNR)})
+        if not prefix:
+            collect(mse=metrics.mse(mean, target, where))
+        if dataset.kind == "voxels":
+            collect(**{f"{prefix}iou": metrics.iou(mean, target, where)})
+        if dataset.units[0]:
+            span = dataset.units[2] - dataset.units[1]
+            collect(**{f"{prefix}rmse": metrics.rmse(mean, target, where, span=span)})
+
+    for part in tqdm(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
+        points = dataset.batch(part).to(device)
+        terms = model.elbo(thin(points, num_points, choice), generator=noise)
+        collect(elbo=terms.elbo, log_likelihood=terms.log_likelihood, kl_z=terms.kl_z, kl_c=terms.kl_c)
+        mean = model.reconstruct(points, z=infer(model, points, num_points, choice)).mean
+        compare("", mean, points, points.mask)
+        partial = observe(points, seen)
+        mean = model.reconstruct(partial, z=infer(model, partial, num_points, choice)).mean
+        compare("completion_", mean, points, ~seen if points.mask is None else points.mask & ~seen)
+
+    for part in tqdm(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
+        points = thin(dataset.batch(part).to(device), num_points, choice)
+        bound = model.iwae(points, samples=samples, generator=noise, proper=True)
+        observed = points.values.new_tensor(points.count) if points.mask is None else points.mask.sum(-1)
+        bits = metrics.bits_per_dim(bound * (points.count / observed), points.count, points.channels)
+        collect(importance_bound=bound, bits_per_dim=bits)
+
+    average = {name: torch.cat(parts).mean().item() for name, parts in columns.items()}
+    return {
+        "data": dataset.name,
+        "split": split,
+        "functions": len(indices),
+        "points": dataset.values.shape[1] if num_points is None else min(num_points, dataset.values.shape[1]),
+        **average,
+        "importance_samples": samples,
+        "importance_functions": len(weighted),
+        "completion_mask": mask,
+        **({"unit": dataset.units[0]} if dataset.units[0] else {}),
+    }

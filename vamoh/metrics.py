@@ -1,0 +1,83 @@
+"""Measures of a reconstruction against the data, one number per function; averages are the caller's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vamoh._checks import FLOATING, check_positive, check_tensor
+
+
+def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error over points and channels, [B].
+
+    prediction, target: [B, N, C], float32 or float64. mask: None, [N] or [B, N] bool, True where a point counts.
+    Raises TypeError or ValueError for mismatched tensors, and ValueError for a function without a counted point.
+    """
+    return _mean_square("mse", prediction, target, mask)
+
+
+def rmse(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, span: float = 1.0) -> Tensor:
+    """Root mean squared error over points and channels, [B], times `span`.
+
+    With `span` the natural units that one unit of the values stands for (high - low), the result is in those units.
+    Every grid point weighs the same; the rest is as in `mse`.
+    """
+    return _mean_square("rmse", prediction, target, mask).sqrt() * span
+
+
+def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio -10 log10(mse) for data of range 1, [B] decibel; inf where exact.
+
+    Arguments and errors as in `mse`.
+    """
+    return -10 * _mean_square("psnr", prediction, target, mask).log10()
+
+
+def iou(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, threshold: float = 0.5) -> Tensor:
+    """Intersection over union of the occupied points, [B]; 1 where both are empty.
+
+    A point is occupied where its value is at least `threshold`, in every channel on its own.
+    Arguments and errors as in `mse`.
+    """
+    counted = _weight("iou", prediction, target, mask).bool()[..., None]
+    a, b = (prediction >= threshold) & counted, (target >= threshold) & counted
+    union = (a | b).sum((1, 2))
+    return torch.where(union > 0, (a & b).sum((1, 2)) / union.clamp(min=1), 1.0)
+
+
+def bits_per_dim(log_likelihood: Tensor, points: int, channels: int) -> Tensor:
+    """Negative log-likelihood in bits per value, [B], from nats per function [B] over `points` and `channels`.
+
+    A lower bound of the log-likelihood gives an upper bound of the bits. For a discretised likelihood the nats must
+    come from a proper probability over the levels.
+    """
+    check_tensor("bits_per_dim", "log_likelihood", log_likelihood, ["B"], dtypes=FLOATING)
+    values = check_positive("bits_per_dim", "points", points) * check_positive("bits_per_dim", "channels", channels)
+    return -log_likelihood / (values * math.log(2))
+
+
+def _mean_square(where: str, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    weight = _weight(where, prediction, target, mask)
+    squared = (prediction - target).square().sum(-1)
+    return (squared * weight).sum(1) / (weight.sum(1) * target.shape[-1])
+
+
+def _weight(where: str, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Check the arguments; return [B, N], 1 where a point counts and 0 elsewhere."""
+    check_tensor(where, "target", target, ["B", "N", "C"], dtypes=FLOATING)
+    check_tensor(where, "prediction", prediction, list(target.shape), like=target)
+    batch, count, _ = target.shape
+    if mask is None:
+        return target.new_ones(batch, count)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) not in ((count,), (batch, count)):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{where}: mask must have shape [{count}] or [{batch}, {count}], got {got}")
+    check_tensor(where, "mask", mask, list(mask.shape), dtypes=[torch.bool])
+    mask = mask.expand(batch, count)
+    if not bool(mask.any(1).all()):
+        empty = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"{where}: mask must count at least one point of every function, got function {empty} without")
+    return mask.to(target.dtype)
