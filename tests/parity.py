@@ -100,13 +100,15 @@ class Case:
             kl_samples=self.meta["n_kl_samples"],
             initialization="published",
         ).to(torch.float64)
-        state = {name[len("state/") :]: torch.from_numpy(a) for name, a in self.arrays.items() if name.startswith("state/")}
+        state = {
+            name[len("state/") :]: torch.from_numpy(a) for name, a in self.arrays.items() if name.startswith("state/")
+        }
         model.load_state_dict(dict(translate(state, model)), strict=True)
         return model
 
 
 def translate(reference: dict[str, Tensor], model: VaMoH) -> Iterator[tuple[Any, ...]]:
-    """Tensors named as the reference names them (weights, or their gradients) under our names; absent ones are left out."""
+    """Tensors under the reference's names (weights, or their gradients) to ours; absent ones are left out."""
 
     def stacked(pattern: str, count: int) -> Tensor | None:
         parts = [reference.get(pattern.format(i)) for i in range(count)]
@@ -123,7 +125,10 @@ def translate(reference: dict[str, Tensor], model: VaMoH) -> Iterator[tuple[Any,
             for k in ("weight", "bias"):
                 for n in range(len(model.encoder.convs[j].weight_net)):
                     net = reference.get(f"encoder_z.layers.{i}.weight_net.forward_layers.{2 * n}.{k}")
-                    yield f"encoder.convs.{j}.weight_net.{n}.{k}", net if net is None or k == "bias" else net[:, :, 0, 0]
+                    yield (
+                        f"encoder.convs.{j}.weight_net.{n}.{k}",
+                        net if net is None or k == "bias" else net[:, :, 0, 0],
+                    )
                 yield f"encoder.convs.{j}.linear.{k}", reference.get(f"encoder_z.layers.{i}.linear.{k}")
         for k in ("weight", "bias"):
             yield f"encoder.head.{k}", reference.get(f"encoder_z.linear_layers.0.{k}")

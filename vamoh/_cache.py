@@ -24,9 +24,10 @@ class ContentCache(Generic[Result]):
             if len(known) == len(key) and all(_same(a, b) for a, b in zip(known, key, strict=True)):
                 self._entries.append(self._entries.pop(i))
                 return result
-        result = compute()
+        with torch.inference_mode(False):  # what is remembered may later be trained with
+            result = compute()
         copies = tuple(None if t is None else t.detach().clone() for t in key)
-        self._entries = [*self._entries[-(self._size - 1) :], (copies, result)]
+        self._entries = [*self._entries, (copies, result)][-self._size :]
         return result
 
     def __deepcopy__(self, memo: dict[int, object]) -> ContentCache[Result]:

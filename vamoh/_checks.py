@@ -53,7 +53,9 @@ def check_finite(where: str, name: str, value: Tensor) -> None:
     bad = ~torch.isfinite(value)
     if bad.any():
         first = bad.nonzero()[0].tolist()
-        raise ValueError(f"{where}: {name} must be finite, got {int(bad.sum())} NaN or infinite values, first at {first}")
+        raise ValueError(
+            f"{where}: {name} must be finite, got {int(bad.sum())} NaN or infinite values, first at {first}"
+        )
 
 
 def check_positive(where: str, name: str, value: int) -> int:

@@ -33,7 +33,7 @@ def combine(log_likelihood: Tensor, kl_z: Tensor, kl_c: Tensor, beta_z: float, b
 
 
 def kl_categorical(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> Tensor:
-    """Σ_n KL(q(c_n) ‖ p(c_n)) [B] in nats over observed points, from log-probabilities [B, K, N] (p: also [B, K, 1])."""
+    """Σ_n KL(q(c_n) ‖ p(c_n)) [B] in nats over observed points; log-probabilities [B, K, N], p also [B, K, 1]."""
     per_point = (log_q.exp() * (log_q - log_p)).sum(1)
     return per_point.sum(-1) if mask is None else torch.where(mask, per_point, 0).sum(-1)
 

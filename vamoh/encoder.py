@@ -55,21 +55,26 @@ class PointConvLayer(nn.Module):
     @torch.no_grad()
     def keep_scale(self, neighbors: int) -> None:
         """Initialise so that features leave at about the scale they came with, whatever the sizes."""
-        for layer in self.weight_net:
+        layers = self._weight_layers()
+        for layer in layers:
             nn.init.normal_(layer.weight, 0, 1 / math.sqrt(layer.in_features))
-        nn.init.normal_(self.weight_net[-1].bias)
-        self.weight_net[-1].weight.div_(math.sqrt(neighbors))
-        self.weight_net[-1].bias.div_(neighbors)  # alike at every neighbour, so these add up
+        nn.init.normal_(layers[-1].bias)
+        layers[-1].weight.div_(math.sqrt(neighbors))
+        layers[-1].bias.div_(neighbors)  # alike at every neighbour, so these add up
         nn.init.normal_(self.linear.weight, 0, math.sqrt(2 / (1 + SLOPE**2) / self.linear.in_features))
 
     def forward(self, features: Tensor, encoded: Tensor, centroids: Tensor, neighbors: Tensor) -> Tensor:
         """Features [B, N, C] at encoded coordinates [B|1, N, E] to [B, M, O] at the centroids."""
-        first, *rest = self.weight_net
-        projected = F.linear(encoded, first.weight)  # the first layer is linear in the offset: project points, not pairs
+        first, *rest = self._weight_layers()
+        # The first layer is linear in the offset, so it is applied to points instead of pairs.
+        projected = F.linear(encoded, first.weight)
         w = gather(projected, neighbors) - gather(projected, centroids)[:, :, None] + first.bias  # [B|1, M, S, Q]
         for layer in rest:
             w = layer(w if self.slope is None else F.leaky_relu(w, self.slope))
         return point_conv(features, neighbors, w, self.linear.weight, self.linear.bias)
+
+    def _weight_layers(self) -> list[nn.Linear]:
+        return [layer for layer in self.weight_net if isinstance(layer, nn.Linear)]
 
 
 class Encoder(nn.Module):
@@ -100,12 +105,15 @@ class Encoder(nn.Module):
         self.head = nn.Linear(self.stages[-1].centroids * channels, 2 * latent_dim)
         if not published:
             convs = (stage for stage in self.stages if stage.channels is not None)
-            for conv, stage in zip(self.convs, convs, strict=True):
+            for conv, stage in zip(self._conv_layers(), convs, strict=True):
                 conv.keep_scale(stage.neighbors)
             with torch.no_grad():
                 self.head.weight[:latent_dim].normal_(0, 1 / math.sqrt(self.head.in_features))
                 self.head.weight[latent_dim:].zero_()
                 self.head.bias[latent_dim:].fill_(INITIAL_LOG_VARIANCE)
+
+    def _conv_layers(self) -> list[PointConvLayer]:
+        return [conv for conv in self.convs if isinstance(conv, PointConvLayer)]
 
     @property
     def min_points(self) -> int:
@@ -136,7 +144,7 @@ class Encoder(nn.Module):
 
     def stage_outputs(self, values: Tensor, encoded: Tensor, neighborhoods: Sequence[Neighborhood]) -> list[Tensor]:
         """Features [B, M, C] after every stage, from values [B, N, C] at encoded coordinates [B|1, N, E]."""
-        convs = iter(self.convs)
+        convs = iter(self._conv_layers())
         outputs = [values]
         for stage, (centroids, neighbors) in zip(self.stages, neighborhoods, strict=True):
             chosen = centroids.clamp(min=0)
@@ -156,7 +164,9 @@ def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[
     """Raise ValueError unless `neighborhoods` fit the stages and a batch of functions of `count` points."""
     where = "encoder"
     if len(neighborhoods) != len(stages):
-        raise ValueError(f"{where}: neighborhoods must have one entry per stage, {len(stages)}, got {len(neighborhoods)}")
+        raise ValueError(
+            f"{where}: neighborhoods must have one entry per stage, {len(stages)}, got {len(neighborhoods)}"
+        )
     for i, (stage, hood) in enumerate(zip(stages, neighborhoods, strict=True)):
         centroids, neighbors = hood
         for name, index, dim in (("centroids", centroids, 2), ("neighbors", neighbors, 3)):
@@ -165,13 +175,19 @@ def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[
                     f"{where}: {name} of neighborhoods[{i}] must be int64 with {dim} dimensions and batch 1 or "
                     f"{batch}, got {index.dtype} {list(index.shape)}"
                 )
-            if not torch.compiler.is_compiling() and index.numel() and int(index.max()) >= count:
+            if torch.compiler.is_compiling() or not index.numel():
+                continue
+            low, high = int(index.min()), int(index.max())
+            if high >= count or low < (-1 if name == "centroids" else 0):
                 raise ValueError(
-                    f"{where}: {name} of neighborhoods[{i}] must index the {count} points before, got {int(index.max())}"
+                    f"{where}: {name} of neighborhoods[{i}] must index the {count} points before, "
+                    f"got {high if high >= count else low}"
                 )
         wanted = [centroids.shape[0], centroids.shape[1], stage.neighbors]
         if list(neighbors.shape) != wanted:
-            raise ValueError(f"{where}: neighbors of neighborhoods[{i}] must have shape {wanted}, got {list(neighbors.shape)}")
+            raise ValueError(
+                f"{where}: neighbors of neighborhoods[{i}] must have shape {wanted}, got {list(neighbors.shape)}"
+            )
         count = centroids.shape[1]
     if count != stages[-1].centroids:
         raise ValueError(f"{where}: the last neighborhood must have {stages[-1].centroids} centroids, got {count}")

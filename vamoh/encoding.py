@@ -36,6 +36,7 @@ class FourierFeatures(nn.Module):
 
     def cached(self, coords: Tensor) -> Tensor:
         """`forward`, remembered for coordinates that come again; with gradients or while compiling, computed afresh."""
-        if torch.compiler.is_compiling() or coords.requires_grad or self.frequencies.requires_grad:
+        raw = not len(self.frequencies)  # a remembered result would be the caller's own tensor
+        if raw or torch.compiler.is_compiling() or coords.requires_grad or self.frequencies.requires_grad:
             return self(coords)  # type: ignore[no-any-return]
         return self._cache.get((coords, self.frequencies), lambda: self(coords))

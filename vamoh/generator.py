@@ -40,11 +40,18 @@ class Reconstruction:
     @property
     def entropy(self) -> Tensor:
         """Entropy [B, M] in nats of the component probabilities: the uncertainty map."""
-        return torch.special.entr(self.pi).sum(-1)
+        nats: Tensor = torch.special.entr(self.pi)
+        return nats.sum(-1)
 
 
 def expected_log_likelihood(
-    theta: Tensor, features: Tensor, values: Tensor, log_q: Tensor, mask: Tensor | None, inr: Inr, likelihood: Likelihood
+    theta: Tensor,
+    features: Tensor,
+    values: Tensor,
+    log_q: Tensor,
+    mask: Tensor | None,
+    inr: Inr,
+    likelihood: Likelihood,
 ) -> Tensor:
     """E_q(c) log p(y | x, z, c) [B] in nats, summed over observed points; log_q [B, K, N]."""
     weights = log_q.exp() if mask is None else torch.where(mask[:, None], log_q.exp(), 0)

@@ -57,7 +57,7 @@ class FlowPrior(nn.Module):
     """p(z): a planar flow of T layers over a trainable diagonal Gaussian (Sec. 3.1)."""
 
     def __init__(self, latent_dim: int, layers: int, identity: bool) -> None:
-        """`identity` starts the flow at (near) the identity; otherwise as the published code does, far off when deep."""
+        """`identity` starts the flow near the identity; otherwise as the published code does, far off when deep."""
         super().__init__()
         bound = math.sqrt(2 / latent_dim)
         self.w = nn.Parameter(torch.empty(layers, latent_dim).uniform_(-bound, bound))
@@ -91,7 +91,7 @@ def kl_exact(posterior: Posterior, prior: NormalPrior | FlowPrior, noise: Tensor
     if isinstance(prior, NormalPrior):
         return posterior.kl_standard()
     z = posterior.sample(noise)
-    return -posterior.entropy() - prior.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2]).mean(0)
+    return -posterior.entropy() - prior.log_prob(z.flatten(0, 1)).view(z.shape[:2]).mean(0)
 
 
 def kl_cross_entropy(posterior: Posterior, prior: NormalPrior | FlowPrior, noise: Tensor) -> Tensor:
@@ -99,4 +99,4 @@ def kl_cross_entropy(posterior: Posterior, prior: NormalPrior | FlowPrior, noise
     if isinstance(prior, NormalPrior):
         return posterior.kl_standard()
     z = posterior.sample(noise).detach()
-    return -prior.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2]).mean(0)
+    return -prior.log_prob(z.flatten(0, 1)).view(z.shape[:2]).mean(0)

@@ -33,7 +33,4 @@ def unpack(theta: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     sizes = [b * a for b, a in shapes] + [b for b, _ in shapes]
     parts = theta.split(sizes, dim=-1)
     count = len(shapes)
-    return [
-        (parts[i].unflatten(-1, shapes[i]), parts[count + i])
-        for i in range(count)
-    ]
+    return [(parts[i].unflatten(-1, shapes[i]), parts[count + i]) for i in range(count)]

@@ -41,7 +41,9 @@ class Likelihood(nn.Module):
             raise ValueError(f"Likelihood: scale must be between 0 and 1, got {scale}")
         if not bin_width > 0:
             raise ValueError(f"Likelihood: bin_width must be positive, got {bin_width}")
-        if epsilon < 0:
+        if not max_scale > 0:
+            raise ValueError(f"Likelihood: max_scale must be positive, got {max_scale}")
+        if not epsilon >= 0:
             raise ValueError(f"Likelihood: epsilon must be at least 0, got {epsilon}")
         self.op = op.Likelihood(kind, bin_width / 2, epsilon, open_ends)
         self.max_scale = max_scale
@@ -69,10 +71,11 @@ class Likelihood(nn.Module):
 
     def check_values(self, values: Tensor) -> None:
         """Raise ValueError unless all values lie in [0, 1]; left out while torch.compile traces."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not values.numel():
             return
         low, high = float(values.min()), float(values.max())
         if low < 0 or high > 1:
             raise ValueError(
-                f"elbo: values must lie in [0, 1] for the {self.op.kind} likelihood, got values from {low:g} to {high:g}"
+                f"elbo: values must lie in [0, 1] for the {self.op.kind} likelihood, "
+                f"got values from {low:g} to {high:g}"
             )

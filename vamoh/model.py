@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
-from vamoh._checks import FLOATING, check_choice, check_positive, check_tensor
+from vamoh._checks import check_choice, check_positive, check_tensor
 from vamoh.elbo import ElboTerms, combine, importance_bound, kl_categorical
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
@@ -112,6 +112,20 @@ class VaMoH(nn.Module):
         }
         for name, value in sizes.items():
             check_positive("VaMoH", name, value)
+        if frequencies != 0:
+            check_positive("VaMoH", "frequencies", frequencies)
+        widths = {
+            "encoder_channels": encoder_channels,
+            "weight_net": weight_net,
+            "hypernet_widths": hypernet_widths,
+            "inr_widths": inr_widths,
+            "gating_widths": gating_widths,
+        }
+        for name, entries in widths.items():
+            for entry in entries:
+                check_positive("VaMoH", f"every width of {name}", entry)
+        if not weight_net:
+            raise ValueError("VaMoH: weight_net must list at least one width")
         check_choice("VaMoH", "neighbor_metric", neighbor_metric, ["encoded", "raw"])
         check_choice("VaMoH", "prior", prior, ["flow", "normal"])
         check_choice("VaMoH", "inr_activation", inr_activation, ACTIVATIONS)
@@ -124,10 +138,12 @@ class VaMoH(nn.Module):
         self.use_flow = self.use_gating_prior = True
         stable = initialization == "stable"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
             self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies)
             encoded = self.encoding.out_dim
-            self.encoder = Encoder(encoded, channels, latent_dim, stages, weight_net, weight_net_slope, published=not stable)
+            self.encoder = Encoder(
+                encoded, channels, latent_dim, stages, weight_net, weight_net_slope, published=not stable
+            )
             self.prior = FlowPrior(latent_dim, flow_layers, identity=stable) if prior == "flow" else NormalPrior()
             self.inr = Inr((encoded, *inr_widths, channels), inr_activation, inr_slope, inr_omega)
             self.hypernet = Hypernet(latent_dim, components, hypernet_widths, self.inr.widths, published=not stable)
@@ -184,7 +200,7 @@ class VaMoH(nn.Module):
         self._check_points(points)
         points = points.compact()
         self.likelihood.check_values(points.values)
-        noise = self.draw_noise(points.batch, generator=generator) if noise is None else noise
+        noise = self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
         posterior, features = self._encode(points, neighborhoods)
         z = posterior.sample(noise.z)
         log_q = self.gating_posterior(features, z, points.values)
@@ -275,7 +291,7 @@ class VaMoH(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor, coords: Tensor) -> Reconstruction:
         """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components."""
-        check_tensor("decode", "z", z, ["B", self.latent_dim], dtypes=FLOATING)
+        check_tensor("decode", "z", z, ["B", self.latent_dim], like=self.encoder.head.weight)
         self._check_coords("decode", coords, z.shape[0])
         return self._decode(z, coords)
 
@@ -305,9 +321,7 @@ class VaMoH(nn.Module):
 
     def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
         metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
-        return self._neighborhoods.get(
-            (points.coords, points.mask, metric), lambda: self._search_neighborhoods(points)
-        )
+        return self._neighborhoods.get((points.coords, points.mask, metric), lambda: self._search_neighborhoods(points))
 
     @torch.no_grad()
     def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
@@ -348,7 +362,11 @@ class VaMoH(nn.Module):
     def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         like = self.encoder.head.weight
         return torch.randn(
-            *shape, self.latent_dim, generator=generator, dtype=like.dtype, device=generator.device if generator else like.device
+            *shape,
+            self.latent_dim,
+            generator=generator,
+            dtype=like.dtype,
+            device=generator.device if generator else like.device,
         ).to(like.device)
 
     def _check_points(self, points: PointSet) -> None:
@@ -356,14 +374,26 @@ class VaMoH(nn.Module):
         if not isinstance(points, PointSet):
             raise TypeError(f"{where}: points must be a PointSet, got {type(points).__name__}")
         if points.coord_dim != self.coord_dim:
-            raise ValueError(f"{where}: coords must have D={self.coord_dim} dimensions, got {list(points.coords.shape)}")
+            raise ValueError(
+                f"{where}: coords must have D={self.coord_dim} dimensions, got {list(points.coords.shape)}"
+            )
         check_tensor(where, "values", points.values, ["B", "N", self.channels], like=like)
+
+    def _check_noise(self, noise: Noise, points: PointSet) -> Noise:
+        where, like = "elbo", points.values
+        check_tensor(where, "noise.z", noise.z, [points.batch, self.latent_dim], like=like)
+        check_tensor(where, "noise.kl", noise.kl, ["S", points.batch, self.latent_dim], like=like)
+        if not len(noise.kl) and not isinstance(self._prior_z, NormalPrior):
+            raise ValueError(f"{where}: noise.kl must hold at least one sample for a flow prior, got {list(noise.kl.shape)}")
+        return noise
 
     def _check_coords(self, where: str, coords: Tensor, batch: int) -> None:
         if not isinstance(coords, Tensor) or coords.dim() not in (2, 3):
             got = list(coords.shape) if isinstance(coords, Tensor) else type(coords).__name__
-            raise ValueError(f"{where}: coords must have shape [M, {self.coord_dim}] or [B, M, {self.coord_dim}], got {got}")
-        shape = ["M", self.coord_dim] if coords.dim() == 2 else [batch, "M", self.coord_dim]
+            raise ValueError(
+                f"{where}: coords must have shape [M, {self.coord_dim}] or [B, M, {self.coord_dim}], got {got}"
+            )
+        shape: list[int | str | None] = ["M", self.coord_dim] if coords.dim() == 2 else [batch, "M", self.coord_dim]
         check_tensor(where, "coords", coords, shape, like=self.encoder.head.weight)
 
 
@@ -401,6 +431,7 @@ def _stages(
             )
         if before is not None and stage.centroids > before.centroids:
             raise ValueError(
-                f"{where}: encoder_centroids must not grow along the stack, got {stage.centroids} after {before.centroids}"
+                f"{where}: encoder_centroids must not grow along the stack, "
+                f"got {stage.centroids} after {before.centroids}"
             )
     return stages

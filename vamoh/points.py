@@ -31,7 +31,9 @@ class PointSet:
         where = "PointSet"
         values = check_tensor(where, "values", self.values, ["B", "N", "C"], dtypes=FLOATING)
         if values.shape[0] == 0:
-            raise ValueError(f"{where}: values must hold at least one function, got an empty batch {list(values.shape)}")
+            raise ValueError(
+                f"{where}: values must hold at least one function, got an empty batch {list(values.shape)}"
+            )
         batch, count, _ = values.shape
         if not isinstance(self.coords, Tensor) or self.coords.dim() not in (2, 3):
             got = list(self.coords.shape) if isinstance(self.coords, Tensor) else type(self.coords).__name__
@@ -89,15 +91,15 @@ class PointSet:
         """Drop the points that no function observes; a mask shared by the batch disappears.
 
         With a mask [N] the result holds exactly the observed points, in order, and no mask. With a per-item mask
-        [B, N] the points observed by at least one function stay.
+        [B, N] the points observed by at least one function stay, with values of 0 where they are not observed.
         """
         if self.mask is None:
             return self
         any_observed = self.mask if self.mask.dim() == 1 else self.mask.any(0)
         kept = self if bool(any_observed.all()) else self.select(any_observed.nonzero()[:, 0])
-        if kept.mask is not None and bool(kept.mask.all()):
+        if kept.mask is None or bool(kept.mask.all()):
             return replace(kept, mask=None)
-        return kept
+        return replace(kept, values=torch.where(kept.mask[..., None], kept.values, 0))
 
     def drop(self, rate: float, generator: torch.Generator | None = None, at_least: int = 1) -> PointSet:
         """Point dropout: keep each point with probability 1 - rate, one draw shared by the batch (Alg. 1).

@@ -113,7 +113,7 @@ def _check(
     if not isinstance(features, Tensor) or features.dim() not in (2, 3):
         got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"{where}: features must have shape [N, E] or [B, N, E], got {got}")
-    shape = ["N", inr.widths[0]] if features.dim() == 2 else [batch, "N", inr.widths[0]]
+    shape: list[int | str | None] = ["N", inr.widths[0]] if features.dim() == 2 else [batch, "N", inr.widths[0]]
     check_tensor(where, "features", features, shape, like=theta)
     if values is not None:
         check_tensor(where, "values", values, [batch, features.shape[-2], inr.widths[-1]], like=theta)
@@ -132,7 +132,9 @@ torch.library.define(
 
 
 @torch.library.register_fake("vamoh::inr_mixture_expected_log_likelihood")
-def _fake(theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _fake(
+    theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, *_: object
+) -> tuple[Tensor, ...]:
     batch, components, packed = theta.shape
     return (
         theta.new_empty(batch),
@@ -142,21 +144,28 @@ def _fake(theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scal
     )
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
+) -> None:
     _, log_p, grad_theta, grad_scale = output
     ctx.save_for_backward(log_p, grad_theta, grad_scale)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # the saved gradients would count as constants
+        raise RuntimeError(
+            "inr_mixture_expected_log_likelihood: has no second derivatives (create_graph=True); "
+            "inr_mixture_log_likelihood has"
+        )
     log_p, grad_theta, grad_scale = ctx.saved_tensors  # type: ignore[attr-defined]
     per_datum = grad_value[:, None, None]
     by_scale = (per_datum * grad_scale).sum(0)
     return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 9)
 
 
-torch.library.register_autograd(
-    "vamoh::inr_mixture_expected_log_likelihood", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("vamoh::inr_mixture_expected_log_likelihood", _backward, setup_context=_setup_context)
 
 
 def inr_mixture_reference(theta: Tensor, features: Tensor, inr: Inr) -> Tensor:

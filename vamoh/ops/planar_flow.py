@@ -59,12 +59,12 @@ def normal_log_prob(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
 
 def planar_flow_inverse_reference(z: Tensor, flow: PlanarFlow) -> tuple[Tensor, Tensor]:
     """Plain torch: base points [S, Z] and log |d base / d z| [S]."""
-    u_hat, w_u = _constrain(flow)
+    u_hat, gain = _constrain(flow)
     log_det = z.new_zeros(z.shape[0])
     for t in reversed(range(len(flow.b))):
         linear = z @ flow.w[t] + flow.b[t]
         leak = torch.where(linear < 0, z.new_full((), flow.slope), z.new_ones(()))
-        stretch = 1 + leak * w_u[t]
+        stretch = 1 - leak + leak * gain[t]
         z = z - (leak * linear / stretch)[:, None] * u_hat[t]
         log_det = log_det - torch.log(stretch)
     return z, log_det
@@ -72,21 +72,21 @@ def planar_flow_inverse_reference(z: Tensor, flow: PlanarFlow) -> tuple[Tensor, 
 
 def planar_flow_forward_reference(base: Tensor, flow: PlanarFlow) -> tuple[Tensor, Tensor]:
     """Plain torch: z [S, Z] and log |d z / d base| [S]."""
-    u_hat, w_u = _constrain(flow)
+    u_hat, gain = _constrain(flow)
     log_det = base.new_zeros(base.shape[0])
     for t in range(len(flow.b)):
         linear = base @ flow.w[t] + flow.b[t]
         leak = torch.where(linear < 0, base.new_full((), flow.slope), base.new_ones(()))
         base = base + (leak * linear)[:, None] * u_hat[t]
-        log_det = log_det + torch.log(1 + leak * w_u[t])
+        log_det = log_det + torch.log(1 - leak + leak * gain[t])
     return base, log_det
 
 
 def _constrain(flow: PlanarFlow) -> tuple[Tensor, Tensor]:
-    """û [T, Z] and w·û [T], which exceeds -1."""
+    """û [T, Z] and 1 + w·û [T] = softplus(w·u), kept as it is: the sum would round to 0 when w·u is far below 0."""
     inner = (flow.w * flow.u).sum(-1)
-    w_u = F.softplus(inner) - 1
-    return flow.u + ((w_u - inner) / flow.w.square().sum(-1))[:, None] * flow.w, w_u
+    gain = F.softplus(inner)
+    return flow.u + ((gain - 1 - inner) / flow.w.square().sum(-1))[:, None] * flow.w, gain
 
 
 def _check(where: str, name: str, x: Tensor, flow: PlanarFlow) -> None:

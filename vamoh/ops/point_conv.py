@@ -56,9 +56,9 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
     Either batch may be 1 and then serves every function of the other.
     """
     if index.shape[0] == 1:
-        return features.index_select(1, index.flatten()).unflatten(1, index.shape[1:])
+        return features.index_select(1, index.flatten()).reshape(-1, *index.shape[1:], features.shape[2])
     rows = index.flatten(1)[..., None].expand(-1, -1, features.shape[2])
-    return features.expand(index.shape[0], -1, -1).gather(1, rows).unflatten(1, index.shape[1:])
+    return features.expand(index.shape[0], -1, -1).gather(1, rows).reshape(*index.shape, features.shape[2])
 
 
 register("point_conv", "reference")
