@@ -217,6 +217,11 @@ def test_warm_up_phases(dataset: Dataset) -> None:
     assert phases == [(False, False)] * 6 + [(True, False)] * 2 + [(True, True)] * 2
 
 
+def test_the_learning_rate_grows_over_its_warm_up(dataset: Dataset) -> None:
+    trainer = Trainer(with_train(lr=1e-2, lr_decay=1.0, lr_warmup=4), dataset)
+    assert [trainer.step()["lr"] for _ in range(6)] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
+
+
 def test_the_gradient_is_clipped(dataset: Dataset) -> None:
     trainer = Trainer(with_train(clip=0.5), dataset)
     assert trainer.step()["grad_norm"] > 0.5

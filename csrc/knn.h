@@ -1,0 +1,23 @@
+// Exact nearest neighbours by brute force.
+//
+//   points   [B, N, D]     float32 or float64; consecutive functions are points_step values apart, 0 if shared
+//   queries  [B, M, D]     same type, queries_step apart
+//   mask     [B, N]        candidates, or null: all; rows are mask_step apart, 0 if shared
+//   out      [B, M, S]     int64 indices into N, sorted by (squared distance, index)
+//
+// Every function has at least S candidates. NaN and overflowing distances count as equal and largest. Distances are
+// summed as in farthest_point_sample.h.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace vamoh {
+
+template <class T>
+void knn(const T* points, int64_t points_step, const T* queries, int64_t queries_step, const bool* mask,
+         int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
+         int64_t neighbors, int threads, Isa isa);
+
+}  // namespace vamoh

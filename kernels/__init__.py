@@ -1,0 +1,1 @@
+"""Triton kernels, imported as `vamoh.kernels` (never as `kernels`)."""

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from vamoh.ops import _backend, farthest_point_sample, knn, status
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """One op "toy": "fast" takes float32 on the CPU, "broken" is never there, "reference" takes all."""
+    monkeypatch.setattr(_backend, "_REGISTRY", {})
+    monkeypatch.delenv("VAMOH_BACKEND", raising=False)
+    _backend.register("toy", "broken", unavailable=lambda: "it is broken")
+    _backend.register("toy", "fast", devices=["cpu"], dtypes=[torch.float32])
+    _backend.register("toy", "reference")
+
+
+def test_automatic_choice_takes_the_first_that_fits(registry):
+    assert _backend.resolve("toy", CPU, torch.float32) == "fast"
+    assert _backend.resolve("toy", CPU, torch.float64) == "reference"
+    assert _backend.resolve("toy", torch.device("meta"), torch.float32) == "reference"
+
+
+def test_argument_beats_environment(registry, monkeypatch):
+    monkeypatch.setenv("VAMOH_BACKEND", "reference")
+    assert _backend.resolve("toy", CPU, torch.float32) == "reference"
+    assert _backend.resolve("toy", CPU, torch.float32, "fast") == "fast"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "error", "message"),
+    [
+        ("broken", "cpu", torch.float32, RuntimeError, "toy: backend 'broken' is not available: it is broken"),
+        ("fast", "cpu", torch.float64, ValueError, "toy: backend 'fast' takes dtype torch.float32, got torch.float64"),
+        ("fast", "meta", torch.float32, ValueError, "toy: backend 'fast' takes tensors on cpu, got meta"),
+        ("slow", "cpu", torch.float32, ValueError, "toy: backend must be one of broken, fast, reference, got 'slow'"),
+    ],
+)
+def test_explicit_choice_never_falls_back(registry, monkeypatch, backend, device, dtype, error, message):
+    with pytest.raises(error, match=message):
+        _backend.resolve("toy", torch.device(device), dtype, backend)
+    monkeypatch.setenv("VAMOH_BACKEND", backend)
+    with pytest.raises(error, match=r"\(from VAMOH_BACKEND\)"):
+        _backend.resolve("toy", torch.device(device), dtype)
+
+
+def test_status_rows_and_table(registry, monkeypatch):
+    monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
+    report = status()
+    assert [(r.backend, r.available, r.reason) for r in report.rows] == [
+        ("broken", False, "it is broken"),
+        ("fast", True, ""),
+        ("reference", True, ""),
+    ]
+    assert report.build == {}
+    assert "toy  broken     it is broken" in str(report)
+    assert str(report).endswith("not built")
+
+
+def test_status_of_the_package():
+    rows = {(r.op, r.backend): r for r in status().rows}
+    for op in ("farthest_point_sample", "knn"):
+        assert rows[op, "reference"].available
+        assert rows[op, "cpu"].available == (_backend.native_unavailable() is None)
+
+
+def test_build_facts(isas):
+    build = status().build
+    assert set(build) == {"version", "compiler", "flags", "isa"}
+    assert "-ffp-contract=off" in build["flags"]
+    assert "fast-math" not in build["flags"]
+    assert "march" not in build["flags"]
+    assert build["isa"].split()[0] in isas
+
+
+def test_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
+    coords = torch.rand(9, 2)
+    assert torch.equal(farthest_point_sample(coords, 3), farthest_point_sample(coords, 3, backend="reference"))
+    with pytest.raises(RuntimeError, match="knn: backend 'cpu' is not available: not built"):
+        knn(coords, coords, 2, backend="cpu")
+
+
+def test_module_of_another_version_is_refused(monkeypatch, isas):
+    monkeypatch.setattr(_backend, "__version__", "0.0.0")
+    _backend._load.cache_clear()
+    try:
+        assert "not 0.0.0; reinstall vamoh" in str(_backend.native_unavailable())
+    finally:
+        _backend._load.cache_clear()
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2"])
+def test_unknown_isa(isas, monkeypatch, isa):
+    monkeypatch.setenv("VAMOH_ISA", isa)
+    with pytest.raises(ValueError, match=f"VAMOH_ISA must be one of avx512, avx2, portable, got '{isa}'"):
+        knn(torch.zeros(3, 2), torch.zeros(1, 2), 1, backend="cpu")
+
+
+def test_isa_that_this_cpu_lacks(isas, monkeypatch):
+    class OldMachine:
+        supported_isas = staticmethod(lambda: ["portable"])
+
+    monkeypatch.setattr(_backend, "_load", lambda: (OldMachine, None))
+    assert _backend.native_isa() == "portable"
+    monkeypatch.setenv("VAMOH_ISA", "avx512")
+    with pytest.raises(ValueError, match="VAMOH_ISA must be one of portable on this machine, got 'avx512'"):
+        _backend.native_isa()
+
+
+def test_native_module_refuses_an_unsupported_isa(isas):
+    with pytest.raises(ValueError, match="unsupported instruction set neon"):
+        _backend.native().knn(
+            points=0, points_step=0, queries=0, queries_step=0, mask=0, mask_step=0, out=0, batch=0, count=0,
+            num_queries=0, dims=0, neighbors=0, is_double=False, threads=1, isa="neon",
+        )  # fmt: skip
+
+
+def test_calls_from_several_python_threads(isas):
+    torch.set_num_threads(2)
+    clouds = [torch.rand(500, 20, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+    expected = [knn(c, c, 5) for c in clouds]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(lambda c: knn(c, c, 5), clouds), expected))
+
+
+def test_threads_after_fork(isas):
+    script = """
+import os, sys, torch
+from vamoh.ops import knn
+torch.set_num_threads(3)
+x = torch.rand(400, 5)
+expected = knn(x, x, 4, backend="cpu")
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(knn(x, x, 4, backend="cpu"), expected)
+        threads = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 3
+        os._exit(0 if same and threads == 3 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(knn(x, x, 4, backend="cpu"), expected)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

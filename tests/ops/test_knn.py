@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vamoh.ops import knn
+from vamoh.points import grid_coords
+
+SIZES = [
+    (1, 1, 1, 1),
+    (5, 3, 2, 5),
+    (33, 70, 3, 9),
+    (100, 7, 17, 27),
+    (129, 65, 256, 9),
+    (64, 130, 1, 64),
+]  # N, M, D, S
+
+
+def oracle(points: list[list[int]], queries: list[list[int]], neighbors: int, mask: list[bool] | None = None):
+    """The definition, in whole numbers."""
+    candidates = [i for i in range(len(points)) if mask is None or mask[i]]
+    return [
+        sorted(candidates, key=lambda i, q=q: (sum((a - b) ** 2 for a, b in zip(points[i], q, strict=True)), i))[
+            :neighbors
+        ]
+        for q in queries
+    ]
+
+
+def whole(*shape: int, seed: int = 0) -> Tensor:
+    """Coordinates with many exact ties and no rounding."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(-5, 6, shape)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m", "d", "s"), SIZES)
+def test_matches_definition(backend, n, m, d, s, dtype):
+    points, queries = whole(n, d), whole(m, d, seed=1)
+    result = knn(points.to(dtype), queries.to(dtype), s, backend=backend)
+    assert result.dtype == torch.int64
+    assert result.tolist() == oracle(points.long().tolist(), queries.long().tolist(), s)
+
+
+@given(st.data())
+def test_any_masked_cloud(data):
+    n, m, d = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    b = data.draw(st.integers(1, 3))
+    row = st.lists(st.integers(-3, 3), min_size=d, max_size=d)
+    points = data.draw(st.lists(st.lists(row, min_size=n, max_size=n), min_size=b, max_size=b))
+    queries = data.draw(st.lists(st.lists(row, min_size=m, max_size=m), min_size=b, max_size=b))
+    masks = data.draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n).filter(any), min_size=b, max_size=b))
+    s = data.draw(st.integers(1, min(map(sum, masks))))
+    expected = [oracle(p, q, s, k) for p, q, k in zip(points, queries, masks, strict=True)]
+    for backend in (None, "reference"):
+        result = knn(
+            torch.tensor(points).float(), torch.tensor(queries).float(), s, torch.tensor(masks), backend=backend
+        )
+        assert result.tolist() == expected
+
+
+def test_grid_ties_go_to_the_lowest_index(backend):
+    grid = grid_coords((5, 5))
+    result = knn(grid, grid, 5, backend=backend)
+    assert result[12].tolist() == [12, 7, 11, 13, 17]
+    assert result[0].tolist() == [0, 1, 5, 6, 2]
+
+
+def test_precise_coordinates_against_float64(backend):
+    generator = np.random.default_rng(0)
+    points, queries = generator.normal(size=(300, 40)), generator.normal(size=(80, 40))
+    distance = ((queries[:, None] - points[None]) ** 2).sum(-1)
+    expected = np.argsort(distance, axis=1)[:, :27]
+    result = knn(torch.from_numpy(points), torch.from_numpy(queries), 27, backend=backend)
+    assert np.array_equal(result.numpy(), expected)
+
+
+def test_near_points_far_from_the_origin(backend):
+    """|p|² + |q|² - 2p·q would lose these distances to cancellation."""
+    points = 4096 + torch.arange(50.0)[:, None] / 1024
+    assert knn(points, points, 2, backend=backend)[:, 0].tolist() == list(range(50))
+
+
+def test_shared_inputs(backend):
+    points, queries = whole(4, 40, 3), whole(4, 9, 3, seed=1)
+    mask = torch.from_numpy(np.random.default_rng(1).random((4, 40)) < 0.6)
+
+    def run(p: Tensor, q: Tensor, m: Tensor | None) -> list:
+        return knn(p, q, 6, m, backend=backend).tolist()
+
+    assert run(points, queries, None) == [run(p, q, None) for p, q in zip(points, queries, strict=True)]
+    assert run(points[0], queries, None) == [run(points[0], q, None) for q in queries]
+    assert run(points, queries[0], mask[0]) == [run(p, queries[0], mask[0]) for p in points]
+    assert run(points[0], queries[0], mask) == [run(points[0], queries[0], m) for m in mask]
+    assert run(points[:1].expand(4, -1, -1), queries, mask) == run(points[0], queries, mask)
+    assert run(points[0], queries[0], torch.ones(40, dtype=torch.bool)) == run(points[0], queries[0], None)
+    assert run(points[0], queries[0], mask[0]) == oracle(
+        points[0].long().tolist(), queries[0].long().tolist(), 6, mask[0].tolist()
+    )
+
+
+def test_strided_inputs(backend):
+    points, queries = whole(3, 50, 4), whole(3, 20, 4, seed=1)
+    mask = torch.from_numpy(np.random.default_rng(2).random((3, 50)) < 0.7)
+    expected = knn(points, queries, 5, mask, backend=backend)
+    result = knn(points.mT.contiguous().mT, queries.flip(1).flip(1).mT.clone().mT, 5, mask.T.clone().T, backend=backend)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_isa_thread_count_and_the_reference_agree_to_the_bit(isas, monkeypatch, dtype):
+    generator = torch.Generator().manual_seed(0)
+    phase = 2 * math.pi * grid_coords((13, 13)) @ (2 * torch.randn(2, 128, generator=generator))
+    encoded = torch.cat([phase.cos(), phase.sin()], 1)
+    clouds = [encoded, torch.randn(5, 201, 33, generator=generator), torch.randn(2, 97, 3, generator=generator)]
+    for cloud in clouds:
+        points = cloud.to(dtype)
+        mask = torch.rand(points.shape[:-1], generator=generator) < 0.8
+        for m in (None, mask):
+            expected = knn(points, points, 19, m, backend="reference")
+            for isa in isas:
+                monkeypatch.setenv("VAMOH_ISA", isa)
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    assert torch.equal(knn(points, points, 19, m, backend="cpu"), expected), (isa, threads)
+
+
+def test_batch_larger_than_what_is_packed_at_once(backend):
+    points = torch.randn(9, 4000, 500, generator=torch.Generator().manual_seed(0))
+    result = knn(points, points[:, 17:18], 1, backend=backend)  # 72 MB
+    assert result.flatten().tolist() == [17] * 9
+
+
+def test_nan_and_overflow_count_as_equal_and_largest(backend):
+    points = torch.tensor([[math.nan], [1e30], [3.0], [math.inf], [1.0]])
+    assert knn(points, torch.zeros(1, 1), 5, backend=backend).tolist() == [[4, 2, 0, 1, 3]]
+    mask = torch.tensor([False, True, True, True, True])
+    assert knn(points, torch.zeros(1, 1), 4, mask, backend=backend).tolist() == [[4, 2, 1, 3]]
+    assert knn(points, torch.full((1, 1), math.nan), 3, backend=backend).tolist() == [[0, 1, 2]]
+
+
+def test_no_queries_and_empty_batch(backend):
+    assert knn(torch.zeros(5, 2), torch.zeros(0, 2), 3, backend=backend).shape == (0, 3)
+    assert knn(torch.zeros(0, 5, 2), torch.zeros(0, 4, 2), 3, backend=backend).shape == (0, 4, 3)
+
+
+def test_contract_of_torch_library(backend):
+    points, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
+    torch.use_deterministic_algorithms(False)
+    for m in (None, mask):
+        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, backend))
+    compiled = torch.compile(knn, fullgraph=True, backend="aot_eager")
+    for m in (None, mask):
+        expected = knn(points, points, 5, m, backend=backend)
+        assert torch.equal(compiled(points, points, 5, m, backend=backend), expected)
+        assert not expected.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"points": None}, TypeError, "points must be a torch.Tensor, got NoneType"),
+        ({"points": torch.zeros(3)}, ValueError, r"points must have shape \[N, D\] or \[B, N, D\], got \[3\]"),
+        ({"points": torch.zeros(4, 2).half()}, TypeError, "points must have dtype float32 or float64, got float16"),
+        ({"queries": torch.zeros(3, 3)}, ValueError, r"queries must have shape \[M, 2\], got \[3, 3\]"),
+        (
+            {"queries": torch.zeros(3, 2).double()},
+            TypeError,
+            "queries must have dtype torch.float32, got torch.float64",
+        ),
+        ({"queries": torch.zeros(3, 2, device="meta")}, TypeError, "queries must be on cpu, got meta"),
+        ({"num_neighbors": -1}, ValueError, "num_neighbors must be at least 1, got -1"),
+        ({"num_neighbors": 5}, ValueError, "num_neighbors must be at most the 4 candidates, got 5"),
+        ({"mask": torch.ones(3).bool()}, ValueError, r"mask must have shape \[4\], got \[3\]"),
+        (
+            {"mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 0]]).bool()},
+            ValueError,
+            "num_neighbors must be at most the 1 candidates in item 1, got 2",
+        ),
+        (
+            {"points": torch.zeros(3, 4, 2), "queries": torch.zeros(2, 3, 2)},
+            ValueError,
+            r"queries must have shape \[3, M, 2\], got \[2, 3, 2\]",
+        ),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {"points": torch.zeros(4, 2), "queries": torch.zeros(3, 2), "num_neighbors": 2, **change}
+    with pytest.raises(error, match=f"^knn: {message}"):
+        knn(**arguments)

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [ROOT / "tests" / "ops" / "sanitize.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_kernels_under_a_sanitizer(tmp_path, sanitizer):
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    command = [compiler, "-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    if subprocess.run([*command, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip(f"the compiler has no {sanitizer} sanitizer")
+    program = tmp_path / "sanitize"
+    subprocess.run([*command, "-Werror", "-Wall", "-Wextra", "-I", ROOT / "csrc", *SOURCES, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,3 @@
+"""The version of the package, its only literal."""
+
+__version__ = "0.1.0"

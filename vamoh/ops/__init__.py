@@ -1,0 +1,13 @@
+"""The operations the model is made of, each with a plain-torch reference and possibly faster implementations."""
+
+from __future__ import annotations
+
+from vamoh.ops._backend import status as status
+from vamoh.ops.farthest_point_sample import farthest_point_sample as farthest_point_sample
+from vamoh.ops.inr_mixture import inr_mixture as inr_mixture
+from vamoh.ops.inr_mixture import inr_mixture_expected_log_likelihood as inr_mixture_expected_log_likelihood
+from vamoh.ops.inr_mixture import inr_mixture_log_likelihood as inr_mixture_log_likelihood
+from vamoh.ops.knn import knn as knn
+from vamoh.ops.planar_flow import planar_flow_log_prob as planar_flow_log_prob
+from vamoh.ops.planar_flow import planar_flow_sample as planar_flow_sample
+from vamoh.ops.point_conv import point_conv as point_conv

@@ -1,0 +1,173 @@
+"""Which implementation of an op runs: the registry, the choice, and the native module behind the backend "cpu".
+
+The choice is made when the op runs, never while it is traced: the `backend=` argument, else the environment variable
+VAMOH_BACKEND, else the first registered implementation that takes the device and dtype and is available. An explicit
+choice never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vamoh._version import __version__
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op. `devices` and `dtypes` None: any. `unavailable` returns the reason, or None if it runs."""
+
+    backend: str
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+    unavailable: Callable[[], str | None]
+
+
+_REGISTRY: dict[str, list[Implementation]] = {}
+
+
+def register(
+    op: str,
+    backend: str,
+    *,
+    devices: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    unavailable: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Add an implementation of `op`; those registered first are preferred. Every op ends with "reference"."""
+    entry = Implementation(
+        backend, None if devices is None else tuple(devices), None if dtypes is None else tuple(dtypes), unavailable
+    )
+    _REGISTRY.setdefault(op, []).append(entry)
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Name of the backend that runs `op` on tensors of this device and dtype.
+
+    Raises ValueError when the backend asked for is unknown or does not take them, RuntimeError when it is missing
+    here; both say why.
+    """
+    chosen = backend or os.environ.get("VAMOH_BACKEND") or None
+    known = _REGISTRY[op]
+    if chosen is None:
+        return next(i.backend for i in known if _misfit(i, device, dtype) is None and i.unavailable() is None)
+    asked = f"{chosen!r}" if backend else f"{chosen!r} (from VAMOH_BACKEND)"
+    for implementation in known:
+        if implementation.backend != chosen:
+            continue
+        misfit = _misfit(implementation, device, dtype)
+        if misfit is not None:
+            raise ValueError(f"{op}: backend {asked} {misfit}")
+        reason = implementation.unavailable()
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {asked} is not available: {reason}")
+        return chosen
+    raise ValueError(f"{op}: backend must be one of {', '.join(i.backend for i in known)}, got {asked}")
+
+
+def _misfit(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str | None:
+    if implementation.devices is not None and device.type not in implementation.devices:
+        return f"takes tensors on {' or '.join(implementation.devices)}, got {device}"
+    if implementation.dtypes is not None and dtype not in implementation.dtypes:
+        return f"takes dtype {' or '.join(str(d) for d in implementation.dtypes)}, got {dtype}"
+    return None
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """Import the native module once: (module, None), or (None, why not)."""
+    try:
+        module = importlib.import_module("vamoh._native")
+    except ImportError as error:
+        return None, f"the native module is not built ({error}); reinstall vamoh where a C++17 compiler works"
+    if module.version != __version__:
+        return None, f"the native module is of vamoh {module.version}, not {__version__}; reinstall vamoh"
+    return module, None
+
+
+def native() -> Any:
+    """The native module; only for implementations that `native_unavailable` lets run."""
+    return _load()[0]
+
+
+def native_unavailable() -> str | None:
+    """Why the native module cannot be used here, or None."""
+    return _load()[1]
+
+
+def native_isa() -> str:
+    """Instruction set the native kernels use: VAMOH_ISA if set, else the best of this CPU.
+
+    Raises ValueError when VAMOH_ISA names none, or one that this CPU or build lacks.
+    """
+    supported: list[str] = native().supported_isas()
+    wanted = os.environ.get("VAMOH_ISA") or supported[0]
+    if wanted not in ("avx512", "avx2", "portable"):
+        raise ValueError(f"VAMOH_ISA must be one of avx512, avx2, portable, got {wanted!r}")
+    if wanted not in supported:
+        raise ValueError(f"VAMOH_ISA must be one of {', '.join(supported)} on this machine, got {wanted!r}")
+    return wanted
+
+
+def items(x: Tensor) -> tuple[Tensor, int]:
+    """Memory of a batch [B, ...] for a kernel: a contiguous tensor, and how many values lie from item to item.
+
+    A batch that `expand` made of one item stays one item, with step 0.
+    """
+    if x.shape[0] > 1 and x.stride(0) == 0:
+        return x[0].contiguous(), 0
+    return x.contiguous(), x[0].numel() if x.shape[0] else 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one op; `reason` says why it is not available, empty if it is."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs here: a row per op and backend in order of preference, and facts on the native build (empty: none)."""
+
+    rows: tuple[Row, ...]
+    build: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        cells = [("op", "backend", ""), *((r.op, r.backend, r.reason or "available") for r in self.rows)]
+        first, second = (max(len(row[i]) for row in cells) for i in (0, 1))
+        lines = [f"{op:<{first}}  {backend:<{second}}  {note}".rstrip() for op, backend, note in cells]
+        build = self.build or {"": native_unavailable() or ""}
+        return "\n".join([*lines, "", "native module", *(f"  {k:<9} {v}" if k else f"  {v}" for k, v in build.items())])
+
+
+def status() -> Status:
+    """Report every op's backends and how the native module was built; `str` of it is a table.
+
+    Raises ValueError for a bad VAMOH_ISA.
+    """
+    rows = []
+    for op, implementations in sorted(_REGISTRY.items()):
+        for implementation in implementations:
+            reason = implementation.unavailable()
+            rows.append(Row(op, implementation.backend, reason is None, reason or ""))
+    module = native()
+    if module is None:
+        return Status(tuple(rows))
+    build = {
+        "version": module.version,
+        "compiler": module.compiler,
+        "flags": module.flags,
+        "isa": f"{native_isa()} (of {', '.join(module.supported_isas())})",
+    }
+    return Status(tuple(rows), build)

@@ -1,0 +1,45 @@
+"""What the ops on point clouds share: argument checks and squared distances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vamoh._checks import FLOATING, check_tensor
+
+
+def check_points(where: str, name: str, value: Tensor, rows: str) -> int | None:
+    """Check a point cloud [rows, D] or [B, rows, D]; return B, or None if it has no batch."""
+    if isinstance(value, Tensor) and value.dim() not in (2, 3):
+        raise ValueError(f"{where}: {name} must have shape [{rows}, D] or [B, {rows}, D], got {list(value.shape)}")
+    lead = ["B"] if isinstance(value, Tensor) and value.dim() == 3 else []
+    check_tensor(where, name, value, [*lead, rows, "D"], dtypes=FLOATING)
+    return value.shape[0] if value.dim() == 3 else None
+
+
+def check_mask(where: str, mask: Tensor | None, points: Tensor, batch: int | None) -> int | None:
+    """Check a mask [N] or [B, N] of points [..., N, D]; return the batch size, None if nothing has a batch."""
+    if mask is None:
+        return batch
+    count = points.shape[-2]
+    if isinstance(mask, Tensor) and mask.dim() not in (1, 2):
+        raise ValueError(
+            f"{where}: mask must have shape [{count}] or [{batch or 'B'}, {count}], got {list(mask.shape)}"
+        )
+    lead = ["B" if batch is None else batch] if isinstance(mask, Tensor) and mask.dim() == 2 else []
+    check_tensor(where, "mask", mask, [*lead, count], dtypes=[torch.bool])
+    if mask.device != points.device:
+        raise TypeError(f"{where}: mask must be on {points.device}, got {mask.device}")
+    return mask.shape[0] if mask.dim() == 2 else batch
+
+
+def squared_distances(points: Tensor, queries: Tensor) -> Tensor:
+    """Squared distances [..., M, N] between queries [D, ..., M] and points [D, ..., N], dimensions first.
+
+    Summed over the dimensions one after another, as the kernels do, so that all backends get the same bits.
+    """
+    total = points.new_zeros(*queries.shape[1:], points.shape[-1])
+    for q, p in zip(queries, points, strict=True):
+        difference = q[..., :, None] - p[..., None, :]
+        total += difference * difference
+    return total

@@ -1,0 +1,115 @@
+"""Nearest neighbours, exact, by brute force."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vamoh._checks import FLOATING, check_positive, check_tensor
+from vamoh.ops._backend import items, native, native_isa, native_unavailable, register, resolve
+from vamoh.ops._points import check_mask, check_points, squared_distances
+
+_CHUNK = 1 << 18
+"""Most distances alive at once in the reference."""
+
+
+def knn(
+    points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Indices int64 [M, S] of the S = num_neighbors points nearest to each query, [B, M, S] if any input has a batch.
+
+    points [N, D] or [B, N, D] and queries [M, D] or [B, M, D], float32 or float64 of one dtype and device; mask None
+    (all points), [N] or [B, N] bool: only points with True are candidates. Neighbours are sorted by squared Euclidean
+    distance, then by index; a query that is a point has itself among them. NaN and overflowing distances count as
+    equal and largest. All backends return the same indices. Not differentiable.
+
+    Raises TypeError or ValueError naming the argument, ValueError for an item with fewer candidates than num_neighbors.
+    """
+    where = "knn"
+    points_batch = check_points(where, "points", points, "N")
+    batch = check_points(where, "queries", queries, "M")
+    lead = [] if batch is None else [batch if points_batch is None else points_batch]
+    check_tensor(where, "queries", queries, [*lead, "M", points.shape[-1]], like=points)
+    batch = check_mask(where, mask, points, batch if points_batch is None else points_batch)
+    check_positive(where, "num_neighbors", num_neighbors)
+    lead = [1 if batch is None else batch]
+    index: Tensor = torch.ops.vamoh.knn(
+        points.detach().expand(*lead, -1, -1),
+        queries.detach().expand(*lead, -1, -1),
+        num_neighbors,
+        None if mask is None else mask.expand(*lead, -1),
+        backend,
+    )
+    return index[0] if batch is None else index
+
+
+torch.library.define(
+    "vamoh::knn", "(Tensor points, Tensor queries, int num_neighbors, Tensor? mask, str? backend) -> Tensor"
+)
+
+
+@torch.library.register_fake("vamoh::knn")
+def _fake(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, backend: str | None) -> Tensor:
+    return queries.new_empty((*queries.shape[:2], num_neighbors), dtype=torch.int64)
+
+
+@torch.library.impl("vamoh::knn", "CompositeExplicitAutograd")
+def _run(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, backend: str | None) -> Tensor:
+    batch, count, _ = points.shape
+    counts = [count] * batch if mask is None else mask.sum(1).tolist()
+    fewest = min(counts, default=num_neighbors)
+    if fewest < num_neighbors:
+        item = "" if mask is None else f" in item {counts.index(fewest)}"
+        raise ValueError(f"knn: num_neighbors must be at most the {fewest} candidates{item}, got {num_neighbors}")
+    chosen = resolve("knn", points.device, points.dtype, backend)
+    return (_native if chosen == "cpu" else knn_reference)(points, queries, num_neighbors, mask)
+
+
+def knn_reference(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None) -> Tensor:
+    """Plain torch: indices [B, M, S] from points [B, N, D], queries [B, M, D] and mask [B, N]."""
+    batch, count, _ = points.shape
+    index = torch.empty(*queries.shape[:2], num_neighbors, dtype=torch.int64, device=points.device)
+    rows = max(1, _CHUNK // max(count, 1))
+    largest = torch.finfo(points.dtype).max
+    for b in range(batch):
+        by_dim = points[b].T.contiguous()  # [D, N]
+        for start in range(0, queries.shape[1], rows):
+            part = slice(start, start + rows)
+            distance = squared_distances(by_dim, queries[b, part].T).nan_to_num(nan=largest, posinf=largest)
+            if mask is not None:
+                distance.masked_fill_(~mask[b], math.inf)
+            index[b, part] = distance.sort(dim=1, stable=True).indices[:, :num_neighbors]
+    return index
+
+
+def _native(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None) -> Tensor:
+    batch, count, dims = points.shape
+    num_queries = queries.shape[1]
+    index = torch.empty(batch, num_queries, num_neighbors, dtype=torch.int64)
+    points, points_step = items(points)
+    queries, queries_step = items(queries)
+    mask, mask_step = (None, 0) if mask is None else items(mask)
+    native().knn(
+        points=points.data_ptr(),
+        points_step=points_step,
+        queries=queries.data_ptr(),
+        queries_step=queries_step,
+        mask=0 if mask is None else mask.data_ptr(),
+        mask_step=mask_step,
+        out=index.data_ptr(),
+        batch=batch,
+        count=count,
+        num_queries=num_queries,
+        dims=dims,
+        neighbors=num_neighbors,
+        is_double=points.dtype == torch.float64,
+        threads=torch.get_num_threads(),
+        isa=native_isa(),
+    )
+    return index
+
+
+register("knn", "cpu", devices=["cpu"], dtypes=FLOATING, unavailable=native_unavailable)
+register("knn", "reference")
