@@ -349,6 +349,7 @@ def _maps(case: Case, result: Reconstruction, z: Tensor, coords: Tensor, prefix:
     yield "mean", grid(result.mean), doubt
     yield "mean_map", grid(result.mean_map), doubt
     yield "entropy", grid(result.entropy[..., None])
+    # Stored as float32.
     yield "segm", (grid(result.segmentation[..., None]) / (case.model.components - 1 + 1e-6)).float()
 
 

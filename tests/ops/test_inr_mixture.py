@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import importlib
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vamoh.layout import packed_size
+from vamoh.ops import inr_mixture, inr_mixture_expected_log_likelihood, inr_mixture_log_likelihood
+from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
+from vamoh.ops.likelihood import Likelihood, log_likelihood, log_likelihood_with_derivatives
+
+module = importlib.import_module("vamoh.ops.inr_mixture")  # the package has a function of that name
+
+LIKELIHOODS = [
+    Likelihood("logistic"),
+    Likelihood("logistic", 1 / 510, 0.0, True),
+    Likelihood("bernoulli"),
+    Likelihood("continuous_bernoulli"),
+]
+SIZES = [
+    (1, 1, 1, (1, 1)),
+    (1, 1, 7, (3, 5, 1)),
+    (2, 3, 1, (4, 3, 5, 2)),
+    (3, 2, 11, (5, 9, 3)),
+    (2, 4, 33, (2, 7, 6, 5, 1)),
+]  # B, K, N, widths
+
+
+def inputs(b: int, k: int, n: int, widths: tuple[int, ...], shared: bool = True, dtype: Any = torch.float64) -> list:
+    """theta, features, values, weights, scale; some values exactly 0 and 1, some weights 0."""
+    g = np.random.default_rng([b, k, n, *widths])
+    values = g.random((b, n, widths[-1]))
+    values[g.random(values.shape) < 0.2] = 0.0
+    values[g.random(values.shape) < 0.2] = 1.0
+    weights = g.dirichlet(np.ones(k), (b, n)).transpose(0, 2, 1) * (g.random((b, 1, n)) < 0.8)
+    arrays = [
+        g.normal(size=(b, k, packed_size(widths))),
+        g.normal(size=(n, widths[0]) if shared else (b, n, widths[0])),
+        values,
+        weights,
+        g.uniform(0.05, 0.5, (k, widths[-1])),
+    ]
+    return [torch.from_numpy(a).to(dtype).contiguous() for a in arrays]
+
+
+def loops(theta: np.ndarray, features: np.ndarray, inr: Inr) -> np.ndarray:
+    """One network and one point at a time; all weights stand before all biases."""
+    activate = {
+        "leaky_relu": lambda h: np.where(h > 0, h, inr.slope * h),
+        "relu": lambda h: np.maximum(h, 0),
+        "sine": lambda h: np.sin(inr.omega * h),
+    }[inr.activation]
+    b, k, _ = theta.shape
+    n = features.shape[-2]
+    out = np.zeros((b, k, n, inr.widths[-1]))
+    for i, j, m in np.ndindex(b, k, n):
+        h = features[m] if features.ndim == 2 else features[i, m]
+        weight_at, bias_at = 0, sum(x * y for x, y in pairwise(inr.widths))
+        for layer, (x, y) in enumerate(pairwise(inr.widths)):
+            weight = theta[i, j, weight_at : weight_at + x * y].reshape(y, x)
+            h = weight @ h + theta[i, j, bias_at : bias_at + y]
+            h = activate(h) if layer < len(inr.widths) - 2 else h
+            weight_at, bias_at = weight_at + x * y, bias_at + y
+        out[i, j, m] = h
+    return out
+
+
+def gradients(arguments: list, inr: Inr, kind: Likelihood, slow: bool = False) -> list[Tensor]:
+    """Value [B] and the gradients of theta, weights and scale for unequal incoming gradients."""
+    theta, features, values, weights, scale = arguments
+    theta, weights, scale = (t.detach().clone().requires_grad_() for t in (theta, weights, scale))
+    if slow:
+        value = (weights * inr_mixture_log_likelihood(theta, features, values, scale, inr, kind)).sum((1, 2))
+    else:
+        value, _ = inr_mixture_expected_log_likelihood(theta, features, values, weights, scale, inr, kind)
+    incoming = torch.linspace(-1, 2, len(value), dtype=value.dtype)
+    grads = torch.autograd.grad(value, [theta, weights, scale], incoming, allow_unused=True, materialize_grads=True)
+    return [value.detach(), *grads]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_outputs_match_loops(size, shared, activation):
+    theta, features, *_ = inputs(*size, shared)
+    inr = Inr(size[-1], activation, slope=0.3, omega=2.5)
+    expected = torch.from_numpy(loops(theta.numpy(), features.numpy(), inr))
+    torch.testing.assert_close(inr_mixture(theta, features, inr), expected, rtol=1e-12, atol=1e-12)
+    single = inr_mixture(theta.float(), features.float(), inr).double()
+    assert (single - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_log_likelihood_is_that_of_the_outputs(size, kind):
+    theta, features, values, weights, scale = inputs(*size)
+    inr = Inr(size[-1])
+    logits = torch.from_numpy(loops(theta.numpy(), features.numpy(), inr))
+    expected = log_likelihood(kind, logits, values[:, None], scale[:, None]).sum(-1)
+    result = inr_mixture_log_likelihood(theta, features, values, scale, inr, kind)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+    value, per_point = inr_mixture_expected_log_likelihood(theta, features, values, weights, scale, inr, kind)
+    torch.testing.assert_close(per_point, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(value, torch.einsum("bkn,bkn->b", weights, expected), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_match_autograd(size, shared, kind, activation):
+    single = inputs(*size, shared, dtype=torch.float32)
+    arguments, inr = [t.double() for t in single], Inr(size[-1], activation, slope=0.3, omega=0.8)
+    expected = gradients(arguments, inr, kind, slow=True)
+    single = gradients(single, inr, kind)
+    for result, other, exact in zip(gradients(arguments, inr, kind), single, expected, strict=True):
+        torch.testing.assert_close(result, exact, rtol=1e-9, atol=1e-9 * float(exact.abs().max()))
+        assert (other.double() - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+def test_gradients_match_finite_differences(kind):
+    theta, features, values, weights, scale = inputs(2, 2, 3, (2, 3, 2))
+    inr = Inr((2, 3, 2), "sine", omega=1.5)
+    differentiable = [t.requires_grad_() for t in (theta, weights, scale)]
+
+    def value(theta: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        return inr_mixture_expected_log_likelihood(theta, features, values, weights, scale, inr, kind)[0]
+
+    assert torch.autograd.gradcheck(value, differentiable)
+
+
+@pytest.mark.parametrize("argument", [1, 2], ids=["features", "values"])
+def test_gradient_of_features_and_values(argument):
+    arguments = inputs(2, 2, 3, (2, 3, 2), shared=False)
+    inr, kind = Inr((2, 3, 2), "sine", omega=1.5), Likelihood("logistic")
+
+    def value(theta: Tensor, other: Tensor) -> Tensor:
+        changed = [theta, *arguments[1:]]
+        changed[argument] = other
+        return inr_mixture_expected_log_likelihood(*changed, inr, kind)[0]
+
+    fast = value(arguments[0], arguments[argument])
+    tensors = (arguments[0].clone().requires_grad_(), arguments[argument].clone().requires_grad_())
+    assert torch.autograd.gradcheck(value, tensors)
+    torch.testing.assert_close(value(*tensors), fast)
+
+
+def test_second_derivatives_are_refused():
+    theta, features, values, weights, scale = inputs(1, 2, 3, (2, 3, 1))
+    value, _ = inr_mixture_expected_log_likelihood(
+        theta.requires_grad_(), features, values, weights, scale, Inr((2, 3, 1)), Likelihood("logistic")
+    )
+    with pytest.raises(RuntimeError, match="inr_mixture"):
+        torch.autograd.grad(value.sum(), theta, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saturated_outputs(kind, dtype):
+    """Outputs in the thousands next to moderate ones."""
+    arguments = inputs(2, 3, 9, (4, 6, 2), dtype=dtype)
+    arguments[0][:, 0] *= 40
+    inr = Inr((4, 6, 2))
+    assert inr_mixture(*arguments[:2], inr).abs().max() > 1000
+    result = gradients(arguments, inr, kind)
+    expected = gradients([t.double() for t in arguments], inr, kind, slow=True)
+    for a, b in zip(result, expected, strict=True):
+        assert a.isfinite().all()
+        assert (a.double() - b).norm() <= (1e-9 if dtype == torch.float64 else 1e-5) * b.norm()
+
+
+def test_weights_of_zero():
+    theta, features, values, weights, scale = inputs(2, 3, 5, (3, 4, 2))
+    arguments, inr, kind = [theta, features, values, torch.zeros_like(weights), scale], Inr((3, 4, 2)), LIKELIHOODS[0]
+    value, grad_theta, grad_weights, grad_scale = gradients(arguments, inr, kind)
+    assert not value.any() and not grad_theta.any() and not grad_scale.any()
+    assert grad_weights.any()
+    weights[:, :, 2] = 0
+    before = gradients([theta, features, values, weights, scale], inr, kind)
+    values[:, 2], features[2] = 0.123, 17.0
+    after = gradients([theta, features, values, weights, scale], inr, kind)
+    for i in (0, 1, 3):
+        torch.testing.assert_close(after[i], before[i])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_strided_inputs(shared):
+    arguments, inr, kind = inputs(3, 2, 8, (4, 5, 2), shared), Inr((4, 5, 2)), LIKELIHOODS[0]
+    strided = [t.mT.contiguous().mT for t in arguments]
+    strided[0] = arguments[0].transpose(0, 1).contiguous().transpose(0, 1)  # as the hypernetwork gives it
+    strided[4] = arguments[4][:1].expand(2, -1)
+    arguments[4] = strided[4].contiguous()
+    assert not any(t.is_contiguous() for t in strided)
+    for a, b in zip(gradients(strided, inr, kind), gradients(arguments, inr, kind), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_chunks_give_the_same_numbers(monkeypatch, shared):
+    arguments, inr, kind = inputs(5, 2, 6, (3, 4, 2), shared), Inr((3, 4, 2)), LIKELIHOODS[0]
+    whole, sizes = gradients(arguments, inr, kind), []
+
+    def spy(kind: Likelihood, logits: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        sizes.append(len(logits))
+        return log_likelihood_with_derivatives(kind, logits, *rest)
+
+    monkeypatch.setattr(module, "log_likelihood_with_derivatives", spy)
+    for chunk, expected in ((1, [1] * 5), (2 * 2 * 6 * (4 + 2), [2, 2, 1])):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        sizes.clear()
+        for a, b in zip(gradients(arguments, inr, kind), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert sizes == expected
+
+
+@given(st.data())
+def test_order_of_points_components_and_functions_is_free(data):
+    b, k, n = (data.draw(st.integers(1, m)) for m in (4, 4, 12))
+    widths = tuple(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4)))
+    shared, kind = data.draw(st.booleans()), data.draw(st.sampled_from(LIKELIHOODS))
+    theta, features, values, weights, scale = inputs(b, k, n, widths, shared)
+    inr = Inr(widths, data.draw(st.sampled_from(ACTIVATIONS)))
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        return gradients(list(arguments), inr, kind)
+
+    value, by_theta, by_weights, by_scale = run(theta, features, values, weights, scale)
+    p, c = (torch.tensor(data.draw(st.permutations(range(m)))) for m in (n, k))
+    by_points = run(theta, features[..., p, :], values[:, p], weights[..., p], scale)
+    by_components = run(theta[:, c], features, values, weights[:, c], scale[c])
+    tolerance = {"rtol": 1e-9, "atol": 1e-9}
+    for result, expected in (
+        (by_points, [value, by_theta, by_weights[..., p], by_scale]),
+        (by_components, [value, by_theta[:, c], by_weights[:, c], by_scale[c]]),
+    ):
+        for x, y in zip(result, expected, strict=True):
+            torch.testing.assert_close(x, y, **tolerance)
+    for i in range(b):
+        own = features if shared else features[i : i + 1]
+        alone = inr_mixture_expected_log_likelihood(
+            theta[i : i + 1], own, values[i : i + 1], weights[i : i + 1], scale, inr, kind
+        )
+        torch.testing.assert_close(alone[0], value[i : i + 1], **tolerance)
+
+
+def test_no_points_and_no_functions():
+    theta, features, values, weights, scale = inputs(2, 3, 4, (3, 4, 2))
+    inr, kind = Inr((3, 4, 2)), LIKELIHOODS[0]
+    value, by_theta, by_weights, by_scale = gradients(
+        [theta, features[:0], values[:, :0], weights[..., :0], scale], inr, kind
+    )
+    assert not value.any() and not by_theta.any() and not by_scale.any() and by_weights.shape == (2, 3, 0)
+    assert inr_mixture(theta, features[:0], inr).shape == (2, 3, 0, 2)
+    empty = inr_mixture_expected_log_likelihood(theta[:0], features, values[:0], weights[:0], scale, inr, kind)
+    assert [tuple(t.shape) for t in empty] == [(0,), (0, 3, 4)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_contract_of_torch_library(shared):
+    torch.use_deterministic_algorithms(False)
+    theta, features, values, weights, scale = inputs(2, 3, 5, (3, 4, 2), shared)
+    differentiable = [t.requires_grad_() for t in (theta, weights, scale)]
+    arguments = (*differentiable[:1], features, values, *differentiable[1:], [3, 4, 2], "leaky_relu", 0.1, 30.0)
+    for kind in (LIKELIHOODS[0], LIKELIHOODS[2]):
+        torch.library.opcheck(torch.ops.vamoh.inr_mixture_expected_log_likelihood, (*arguments, *kind, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"theta": None}, TypeError, "theta must be a torch.Tensor, got NoneType"),
+        ({"theta": torch.zeros(2, 3, 19)}, ValueError, r"theta must have shape \[B, K, 21\], got \[2, 3, 19\]"),
+        ({"theta": torch.zeros(2, 3, 21).half()}, TypeError, "theta must have dtype float32 or float64, got float16"),
+        ({"features": torch.zeros(5)}, ValueError, r"features must have shape \[N, E\] or \[B, N, E\], got \[5\]"),
+        ({"features": torch.zeros(5, 4)}, ValueError, r"features must have shape \[N, 3\], got \[5, 4\]"),
+        ({"features": torch.zeros(1, 5, 3)}, ValueError, r"features must have shape \[2, N, 3\], got \[1, 5, 3\]"),
+        ({"features": torch.zeros(5, 3).double()}, TypeError, "features must have dtype torch.float32, got .*float64"),
+        ({"features": torch.zeros(5, 3, device="meta")}, TypeError, "features must be on cpu, got meta"),
+        ({"values": torch.zeros(2, 4, 1)}, ValueError, r"values must have shape \[2, 5, 1\], got \[2, 4, 1\]"),
+        ({"weights": torch.zeros(2, 5, 3)}, ValueError, r"weights must have shape \[2, 3, 5\], got \[2, 5, 3\]"),
+        ({"scale": torch.zeros(1)}, ValueError, r"scale must have shape \[3, 1\], got \[1\]"),
+        ({"inr": Inr((3, 4, 1), "tanh")}, ValueError, "activation must be one of leaky_relu, relu, sine, got 'tanh'"),
+        ({"likelihood": Likelihood("gauss")}, ValueError, "likelihood must be one of logistic, .*, got 'gauss'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of .*reference, got 'gpu'"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    b, k, n = 2, 3, 5
+    arguments = {
+        "theta": torch.zeros(b, k, 21),
+        "features": torch.zeros(n, 3),
+        "values": torch.zeros(b, n, 1),
+        "weights": torch.zeros(b, k, n),
+        "scale": torch.ones(k, 1),
+        "inr": Inr((3, 4, 1)),
+        "likelihood": Likelihood("logistic"),
+    }
+    arguments = {**arguments, **change}
+    with pytest.raises(error, match=f"^inr_mixture.*: {message}"):
+        inr_mixture_expected_log_likelihood(**arguments)
+
+
+def test_width_lists_are_checked():
+    for widths in ((3,), (3, 0, 1), (3, 2.0, 1)):
+        with pytest.raises((ValueError, TypeError), match="^layout: "):
+            inr_mixture(torch.zeros(1, 1, 4), torch.zeros(2, 3), Inr(widths))
+
+
+def test_backend_from_the_environment(monkeypatch):
+    theta, features, values, weights, scale = inputs(1, 1, 2, (2, 1))
+    monkeypatch.setenv("VAMOH_BACKEND", "nowhere")
+    calls = [
+        lambda: inr_mixture(theta, features, Inr((2, 1))),
+        lambda: inr_mixture_log_likelihood(theta, features, values, scale, Inr((2, 1)), LIKELIHOODS[0]),
+        lambda: inr_mixture_expected_log_likelihood(
+            theta, features, values, weights, scale, Inr((2, 1)), LIKELIHOODS[0]
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="'nowhere'"):
+            call()
+
+
+def test_sine_derivative_at_high_frequency():
+    """A network sin(ω w x): its slope in w is ω x cos(ω w x)."""
+    inr, omega = Inr((1, 1, 1), "sine", omega=30.0), 30.0
+    theta = torch.tensor([[[0.7, 1.0, 0.0, 0.0]]], dtype=torch.float64)  # w, output weight, biases
+    features, y = torch.tensor([[0.4]], dtype=torch.float64), torch.tensor([[[1.0]]], dtype=torch.float64)
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    by_theta = gradients([theta, features, y, one, one[0]], inr, Likelihood("bernoulli"))[1]
+    output = math.sin(omega * 0.7 * 0.4)
+    by_output = 1 - 1 / (1 + math.exp(-output))
+    incoming = -1.0  # of `gradients` for a single function
+    assert float(by_theta[0, 0, 0]) == pytest.approx(
+        incoming * by_output * omega * 0.4 * math.cos(omega * 0.7 * 0.4), rel=1e-12
+    )
