@@ -47,7 +47,7 @@ class Gating(nn.Module):
         for layer in self.rest:
             h = layer(F.leaky_relu(h, SLOPE))
         logits = torch.tanh(h) if self.bounded else h
-        return F.log_softmax(logits, -1).mT
+        return F.log_softmax(logits.mT, 1)
 
 
 def uniform(batch: int, components: int, like: Tensor) -> Tensor:

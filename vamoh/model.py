@@ -200,7 +200,9 @@ class VaMoH(nn.Module):
         self._check_points(points)
         points = points.compact()
         self.likelihood.check_values(points.values)
-        noise = self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
+        noise = (
+            self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
+        )
         posterior, features = self._encode(points, neighborhoods)
         z = posterior.sample(noise.z)
         log_q = self.gating_posterior(features, z, points.values)
@@ -278,7 +280,7 @@ class VaMoH(nn.Module):
         if posterior_at is None:
             return self._decode(z, coords)
         check_tensor(where, "posterior_at", posterior_at, [points.count], dtypes=[torch.int64])
-        if posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]:
+        if posterior_at.numel() and (posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]):
             raise ValueError(f"{where}: posterior_at must index the {coords.shape[-2]} coords")
         known = self.gating_posterior(self.encoding(points.coords), z, points.values)
         observed = (
@@ -384,7 +386,9 @@ class VaMoH(nn.Module):
         check_tensor(where, "noise.z", noise.z, [points.batch, self.latent_dim], like=like)
         check_tensor(where, "noise.kl", noise.kl, ["S", points.batch, self.latent_dim], like=like)
         if not len(noise.kl) and not isinstance(self._prior_z, NormalPrior):
-            raise ValueError(f"{where}: noise.kl must hold at least one sample for a flow prior, got {list(noise.kl.shape)}")
+            raise ValueError(
+                f"{where}: noise.kl must hold at least one sample for a flow prior, got {list(noise.kl.shape)}"
+            )
         return noise
 
     def _check_coords(self, where: str, coords: Tensor, batch: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_choice, check_tensor
@@ -84,12 +85,13 @@ def inr_mixture_expected_log_likelihood(
     Returns value [B] = Σ_n Σ_k weights[b,k,n] · log_likelihood[b,k,n] and log_likelihood [B, K, N], in nats.
     weights [B, K, N] are zero at unobserved points. The value is linear in the log-likelihoods, so the gradients of
     θ and the scales are known in the same pass. `value` is differentiable in theta, weights and scale;
-    `log_likelihood` is not. Features that need a gradient take the slow path of `inr_mixture_log_likelihood`.
+    `log_likelihood` is not. Features or values that need a gradient take the slow path of
+    `inr_mixture_log_likelihood`.
     """
     _check(inr, theta, features, values, scale, likelihood)
     batch, components = theta.shape[:2]
     check_tensor("inr_mixture", "weights", weights, [batch, components, values.shape[1]], like=theta)
-    if features.requires_grad:
+    if features.requires_grad or values.requires_grad:
         log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood, backend=backend)
         return (weights * log_p).sum((1, 2)), log_p.detach()
     value, log_p, _, _ = torch.ops.vamoh.inr_mixture_expected_log_likelihood(
@@ -175,7 +177,7 @@ def inr_mixture_reference(theta: Tensor, features: Tensor, inr: Inr) -> Tensor:
     for i, (weight, bias) in enumerate(layers):
         h = weight @ h + bias[..., None]  # [B, K, H, N]
         if i < len(layers) - 1:
-            h = _activate(h, inr)[0]
+            h = _activate(h, inr)
     return h.mT
 
 
@@ -208,11 +210,10 @@ def inr_mixture_expected_log_likelihood_reference(
     for part in _chunks(batch, components * count * sum(widths[1:])):
         shared = features.dim() == 2
         first = features.mT if shared else features[part].mT[:, None]
-        layers, inputs, slopes = unpack(theta[part], widths), [first], []
+        layers, inputs, before = unpack(theta[part], widths), [first], []
         for weight, bias in layers[:-1]:
-            h, slope_h = _activate(weight @ inputs[-1] + bias[..., None], inr)
-            inputs.append(h)
-            slopes.append(slope_h)
+            before.append((weight @ inputs[-1]).add_(bias[..., None]))
+            inputs.append(_activate(before[-1], inr))
         logits = layers[-1][0] @ inputs[-1] + layers[-1][1][..., None]  # [b, K, C, N]
         log_p_c, by_logit, by_scale = log_likelihood_with_derivatives(
             kind, logits, values[part].mT[:, None], scale[..., None]
@@ -227,17 +228,25 @@ def inr_mixture_expected_log_likelihood_reference(
             grads[i][0].copy_(d @ inputs[i].mT)
             grads[i][1].copy_(d.sum(-1))
             if i > 0:
-                d = (layers[i][0].mT @ d) * slopes[i - 1]
+                d = _activate_backward(layers[i][0].mT @ d, before[i - 1], inr)
     return (weights * log_p).sum((1, 2)), log_p, grad_theta, grad_scale
 
 
-def _activate(x: Tensor, inr: Inr) -> tuple[Tensor, Tensor]:
-    """Activation and its derivative at x."""
+def _activate(x: Tensor, inr: Inr) -> Tensor:
     if inr.activation == "sine":
-        return torch.sin(inr.omega * x), inr.omega * torch.cos(inr.omega * x)
-    slope = inr.slope if inr.activation == "leaky_relu" else 0.0
-    derivative = torch.where(x > 0, x.new_ones(()), x.new_full((), slope))
-    return x * derivative, derivative
+        return torch.sin(inr.omega * x)
+    return F.leaky_relu(x, _slope(inr))
+
+
+def _activate_backward(grad: Tensor, x: Tensor, inr: Inr) -> Tensor:
+    """Gradient at the input x of the activation from the gradient at its output."""
+    if inr.activation == "sine":
+        return grad * torch.cos(inr.omega * x).mul_(inr.omega)
+    return torch.ops.aten.leaky_relu_backward(grad, x, _slope(inr), False)  # type: ignore[no-any-return]
+
+
+def _slope(inr: Inr) -> float:
+    return inr.slope if inr.activation == "leaky_relu" else 0.0
 
 
 def _chunks(batch: int, size: int) -> Iterator[slice]:

@@ -45,8 +45,14 @@ def point_conv(
 def point_conv_reference(
     features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor
 ) -> Tensor:
-    """Plain torch: one product [C, S] x [S, Q] per centroid and function."""
-    contracted = gather(features, neighbors).mT @ weights  # [B, M, C, Q]
+    """Plain torch: per centroid one product [Q, S] x [S, B·C] where the batch shares weights, else [C, S] x [S, Q]."""
+    batch, _, channels = features.shape
+    shared, m, s, q = weights.shape
+    if shared == 1:
+        rows = features.transpose(0, 1).flatten(1)[neighbors[0].flatten()].view(m, s, batch * channels)
+        contracted = (weights[0].mT @ rows).view(m, q, batch, channels).permute(2, 0, 3, 1)  # [B, M, C, Q]
+    else:
+        contracted = gather(features, neighbors).mT @ weights
     return F.linear(contracted.flatten(2), linear_weight, linear_bias)
 
 
