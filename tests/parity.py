@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vamoh import PointSet, VaMoH
-from vamoh.elbo import ElboTerms, kl_categorical
+from vamoh.elbo import ElboTerms
 from vamoh.encoder import Neighborhood
 from vamoh.generator import Reconstruction
 from vamoh.latent import Posterior
@@ -261,7 +261,6 @@ def _stages(case: Case, tag: str) -> Iterator[tuple[Any, ...]]:
     log_p = model.gating_prior(encoded, z)
     yield "cat/pi_post", log_q.exp().mT
     yield "cat/pi_prior", log_p.exp().mT
-    yield "term/kl_c_per_item", kl_categorical(log_q, log_p, None)
     yield "klz_normal/per_item", posterior.kl_standard()
     yield "klz_normal/mean", posterior.kl_standard().mean()
     samples = posterior.sample(case.tensor("noise/eps_kl"))
@@ -300,6 +299,7 @@ def _terms(case: Case, tag: str) -> Iterator[tuple[Any, ...]]:
         terms = _bound(case, tag, *phase)
         yield f"{prefix}/log_prob_x", terms.log_likelihood.mean(), doubt
         yield f"{prefix}/kl_z", terms.kl_z.mean()
+        yield f"{prefix}/kl_c_per_item", terms.kl_c
         yield f"{prefix}/kl_c", terms.kl_c.mean()
         yield f"{prefix}/elbo", terms.elbo.mean(), doubt
 

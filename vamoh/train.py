@@ -30,7 +30,7 @@ from vamoh.points import PointSet
 from vamoh.runlog import RunLog, environment
 
 # What may change between a run and its continuation: nothing that alters the steps themselves.
-_FREE = ("steps", "checkpoint_every", "log_every", "evaluate_every", "threads", "tensorboard")
+_FREE = ("steps", "checkpoint_every", "log_every", "evaluate_every", "evaluate_count", "threads", "tensorboard")
 _ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
 # An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
 _MAX_PSNR = 150.0
@@ -221,12 +221,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split: str = "validation") -> dict[str, float]:
-        """Means over a split: the terms of the bound with β = 1 [nats] and the PSNR of the reconstruction [dB].
+        """Means over the first `evaluate_count` functions of a split.
 
-        Draws the same noise, and the same `num_points` points, every time; no point dropout.
+        The terms of the bound with β = 1 [nats] and the PSNR of the reconstruction [dB]. Draws the same noise, and the
+        same `num_points` points, every time; no point dropout.
         Raises ValueError for an empty split, NonFiniteLoss for a bad term.
         """
-        every = self.dataset.splits[split]
+        every = self.dataset.splits[split][: self.config.train.evaluate_count]
         if len(every) == 0:
             raise ValueError(f"Trainer.evaluate: split {split} of data set {self.dataset.name} must not be empty")
         generator = _generator(self.config.seed, _VALIDATION)
