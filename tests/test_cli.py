@@ -93,7 +93,10 @@ def test_train_writes_figures_and_an_evaluation(run: tuple[str, Path]) -> None:
     [
         ("reconstruct --count 3", {"input", "mean", "mean_map", "pi", "psnr", "index"}),
         ("superres --count 3 --scale 2", {"input", "mean", "mean_map", "index"}),
-        ("complete --count 3 --mask half", {"input", "observed", "mean", "mean_map", "psnr_missing", "index"}),
+        (
+            "complete --count 3 --mask half",
+            {"input", "observed", "mean", "mean_map", "completed", "psnr_missing", "index"},
+        ),
         ("segment --count 3", {"input", "pi", "segmentation", "entropy", "index"}),
         ("sample --count 3", {"z", "mean", "mean_map", "segmentation", "entropy"}),
     ],
@@ -137,6 +140,9 @@ def test_complete_takes_a_mask_from_a_file(image_run: Path, tmp_path: Path) -> N
     assert main(["complete", str(image_run), "--mask", str(tmp_path / "mask.npy"), "--out", str(tmp_path)]) == 0
     with np.load(tmp_path / "complete.npz") as file:
         assert (file["observed"] == mask).all()
+        assert np.array_equal(file["completed"][:, :6], file["input"][:, :6])
+        assert np.array_equal(file["completed"][:, 6:], file["mean"][:, 6:])
+        assert not np.array_equal(file["mean"][:, :6], file["input"][:, :6])
 
 
 def test_sampling_follows_the_seed(image_run: Path, tmp_path: Path) -> None:

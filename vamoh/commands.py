@@ -23,6 +23,7 @@ from vamoh.config import Config, load_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
 from vamoh.figures import Column, Look
+from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
 from vamoh.metrics import psnr
 from vamoh.model import VaMoH
@@ -160,12 +161,13 @@ def complete(
         "observed": observed,
         "mean": opened.grid(result.mean),
         "mean_map": opened.grid(result.mean_map),
+        "completed": _completed(opened, partial, result),
         "psnr_missing": np.array(decibel),
     }
     columns = [
         Column("Input", _values(arrays["input"], opened.look, opened.observed(points)), "values"),
         Column("Masked input", _values(arrays["input"], opened.look, observed)),
-        Column("Completion", _values(arrays["mean"], opened.look)),
+        Column("Completion", _values(arrays["completed"], opened.look)),
     ]
     return _write(opened, out, "complete", columns, arrays, [f"{value:.1f} dB" for value in decibel])
 
@@ -298,7 +300,7 @@ def _strip(run: Run) -> Path:
     z = run.infer(points)
     result = run.model.reconstruct(points, z=z)
     partial = observe(points, completion_mask("patch", run.dataset.shape).flatten())
-    completed = run.model.reconstruct(partial, z=run.infer(partial))
+    completion = run.model.reconstruct(partial, z=run.infer(partial))
     # A solid refined four times has 64 times as many points, and looks the same at this size.
     scale = 2 if kind == "voxels" else 4
     finer = run.grid(run.model.decode(z, run.dataset.grid(scale)[0].to(run.device)).mean, scale)
@@ -307,12 +309,18 @@ def _strip(run: Run) -> Path:
         Column("Input", _values(given, look, run.observed(points)), "values"),
         Column("Reconstruction", _values(mean, look)),
         Column("Masked input", _values(given, look, run.observed(partial))),
-        Column("Completion", _values(run.grid(completed.mean), look)),
+        Column("Completion", _values(_completed(run, partial, completion), look)),
         Column(f"{scale}× super-resolution", _values(finer, look)),
         *_globes(finer, look),
         *_maps(run.grid(result.segmentation), run.grid(result.entropy), given, look),
     ]
     return figures.write_strip(run.folder / "strip.png", columns, look)
+
+
+def _completed(run: Run, partial: PointSet, result: Reconstruction) -> Array:
+    """The observed points as they are given and the model's mean elsewhere, on the grid."""
+    observed = run.observed(partial)[..., None]
+    return np.where(observed, run.grid(partial.values), run.grid(result.mean))
 
 
 def _data(run: Run, split: str, index: tuple[int, ...], count: int) -> tuple[Tensor, PointSet]:

@@ -531,7 +531,7 @@ PRESETS: dict[str, Config] = {
         data=DataConfig(name="digits"),
         model=ModelConfig(
             latent_dim=32,
-            components=3,
+            components=2,
             frequencies=32,
             frequency_scale=1.0,
             encoder_centroids=(196, 49, 16),
@@ -545,11 +545,12 @@ PRESETS: dict[str, Config] = {
             epsilon=0.0,
         ),
         train=TrainConfig(
-            steps=4_000,
+            steps=4_200,
             batch_size=64,
-            lr=6e-3,
+            lr=4.5e-3,
             lr_decay=0.9,
             lr_warmup=100,
+            gating_warmup=9,
             checkpoint_every=500,
             evaluate_every=500,
         ),
