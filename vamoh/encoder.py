@@ -59,8 +59,9 @@ class PointConvLayer(nn.Module):
         for layer in layers:
             nn.init.normal_(layer.weight, 0, 1 / math.sqrt(layer.in_features))
         nn.init.normal_(layers[-1].bias)
-        layers[-1].weight.div_(math.sqrt(neighbors))
-        layers[-1].bias.div_(neighbors)  # alike at every neighbour, so these add up
+        # Neighbours share the bias and the centroid's part of the offset, so their weights add up.
+        layers[-1].weight.div_(neighbors)
+        layers[-1].bias.div_(neighbors)
         nn.init.normal_(self.linear.weight, 0, math.sqrt(2 / (1 + SLOPE**2) / self.linear.in_features))
 
     def forward(self, features: Tensor, encoded: Tensor, centroids: Tensor, neighbors: Tensor) -> Tensor:

@@ -292,7 +292,14 @@ def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -
             for name, value in values.items():
                 board.add_scalar(f"{split}/{name}", value, values["step"])
 
-    bar = tqdm(total=settings.steps, initial=trainer.steps_done, disable=not progress, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=settings.steps,
+        initial=trainer.steps_done,
+        disable=not progress,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
     with bar, _stop_signals() as received:
         while trainer.steps_done < settings.steps:
             values = trainer.step()
