@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from vamoh.encoder import Encoder, Neighborhood, PointConvLayer, Stage, check_neighborhoods
+from vamoh.model import VaMoH
+from vamoh.points import PointSet
 
 STAGES = [Stage(8, 4, 3), Stage(6, 3, None), Stage(4, 3, 5)]
 
@@ -184,3 +186,22 @@ def test_padding_centroids_pass_the_check():
     check_neighborhoods(
         [hood(8, 4, centroids=torch.full((1, 8), -1)), hood(4, 3)], [Stage(8, 4, 3), Stage(4, 3, 5)], 2, 9
     )
+
+
+def test_features_keep_their_scale_at_any_depth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    coords = torch.rand(512, 3, generator=generator) * 2 - 1
+    points = PointSet(coords, (torch.rand(4, 512, 1, generator=generator) > 0.5).float())
+    model = VaMoH(
+        coord_dim=3,
+        channels=1,
+        encoder_centroids=(512, 256, 64, 32, 16),
+        encoder_neighbors=(8, 27, 27, 27, 8),
+        encoder_channels=(32, 64, 64, 64, 16),
+        weight_net=(16, 16, 16, 16),
+    )
+    with torch.no_grad():
+        encoded = model.encoding(coords)[None]
+        stages = model.encoder.stage_outputs(points.values, encoded, model.neighborhoods(points))
+    sizes = [stage.square().mean().sqrt().item() for stage in stages]
+    assert all(0.2 < size < 2 for size in sizes), sizes
