@@ -21,9 +21,11 @@ inline std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
 #if VAMOH_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    names.push_back("avx512");
-  if (__builtin_cpu_supports("avx2")) names.push_back("avx2");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      names.push_back("avx512");
+    names.push_back("avx2");
+  }
 #endif
   names.push_back("portable");
   return names;

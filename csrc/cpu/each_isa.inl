@@ -4,22 +4,28 @@
 // the copy that the linker keeps for everyone.
 
 #if VAMOH_X86
+#include <immintrin.h>
+
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx2")
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
 namespace {
 namespace avx512 {
 constexpr int kVectorBytes = 64;
+#define VAMOH_VECTOR_BITS 512
 #include VAMOH_KERNEL
+#undef VAMOH_VECTOR_BITS
 }  // namespace avx512
 }  // namespace
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 namespace {
 namespace avx2 {
 constexpr int kVectorBytes = 32;
+#define VAMOH_VECTOR_BITS 256
 #include VAMOH_KERNEL
+#undef VAMOH_VECTOR_BITS
 }  // namespace avx2
 }  // namespace
 #pragma GCC pop_options
@@ -28,6 +34,8 @@ constexpr int kVectorBytes = 32;
 namespace {
 namespace portable {
 constexpr int kVectorBytes = 16;
+#define VAMOH_VECTOR_BITS 128
 #include VAMOH_KERNEL
+#undef VAMOH_VECTOR_BITS
 }  // namespace portable
 }  // namespace

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [ROOT / "tests" / "ops" / "sanitize.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+SOURCES = [*sorted((ROOT / "tests" / "ops" / "sanitize").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])

@@ -1,0 +1,177 @@
+// Products of small matrices with a panel: kPanel points side by side, feature after feature, [features][kPanel].
+// Needs simd.inl. Included by the kernels, once per instruction set.
+
+constexpr int kPanel = 64;
+
+// One register block: kRows x kColumns vectors and what feeds them fill the registers of the instruction set.
+constexpr int kRows = 6;
+constexpr int kColumns = VAMOH_VECTOR_BITS == 512 ? 4 : 2;
+constexpr int kBlock = kColumns * kLanes;  // floats across a register block; divides kPanel
+
+template <int R>
+struct Accumulators {
+  V at[R][kColumns];
+};
+
+// sums[r][lane] += sum_k a[r * a_row + k * a_step] * b[k * b_step + lane]
+template <int R>
+inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                                    int64_t b_step, int64_t count, Accumulators<R>& sums) {
+  Accumulators<R> s = sums;
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < count; ++k, a += a_step, b += b_step) {
+    V right[kColumns];
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V left = splat(a[r * a_row]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) s.at[r][j] = fma(left, right[j], s.at[r][j]);
+    }
+  }
+  sums = s;
+}
+
+template <int R, class Init, class Done>
+inline __attribute__((always_inline)) void product_rows(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                                        int64_t b_step, int64_t count, int64_t width, int64_t row,
+                                                        const Init& init, const Done& done) {
+  for (int64_t lane = 0; lane < width; lane += kBlock) {
+    Accumulators<R> sums;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) sums.at[r][j] = init(row + r, lane + j * kLanes);
+    multiply<R>(a, a_row, a_step, b + lane, b_step, count, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) done(row + r, lane + j * kLanes, sums.at[r][j]);
+  }
+}
+
+// For every row r < rows and lane < width (a multiple of kBlock):
+//   done(r, lane, init(r, lane) + sum_k a[r * a_row + k * a_step] * b[k * b_step + lane])
+// with vectors of lanes. One function for y = W x (a_row = in, a_step = 1), x = W^T y (a_row = 1, a_step = in) and
+// gradients of W where b is a matrix of points in rows.
+template <class Init, class Done>
+inline void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+                    int64_t count, int64_t width, const Init& init, const Done& done) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    product_rows<kRows>(a + r * a_row, a_row, a_step, b, b_step, count, width, r, init, done);
+  a += r * a_row;
+  switch (rows - r) {
+    case 1: return product_rows<1>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 2: return product_rows<2>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 3: return product_rows<3>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 4: return product_rows<4>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 5: return product_rows<5>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    default: return;
+  }
+}
+
+// The usual ways to begin and to end a product.
+struct FromZero {
+  V operator()(int64_t, int64_t) const { return V{}; }
+};
+struct FromColumn {  // one value per row: a bias
+  const float* column;
+  V operator()(int64_t row, int64_t) const { return splat(column[row]); }
+};
+struct FromMatrix {
+  const float* matrix;
+  int64_t step;
+  V operator()(int64_t row, int64_t lane) const { return load(matrix + row * step + lane); }
+};
+struct ToMatrix {
+  float* matrix;
+  int64_t step;
+  void operator()(int64_t row, int64_t lane, V v) const { store(matrix + row * step + lane, v); }
+};
+
+typedef float V4 __attribute__((vector_size(16), may_alias, aligned(4)));
+typedef int Vi4 __attribute__((vector_size(16), may_alias, aligned(4)));
+
+inline V4 fold(V v) {
+  V4 parts[kLanes / 4];
+  __builtin_memcpy(parts, &v, sizeof v);
+  V4 total = parts[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
+  return total;
+}
+
+#if defined(__clang__)
+#define VAMOH_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VAMOH_PICK(a, b, ...) __builtin_shuffle(a, b, Vi4{__VA_ARGS__})
+#endif
+
+// The sums of four vectors.
+inline V4 sums(V a, V b, V c, V d) {
+  const V4 w = fold(a), x = fold(b), y = fold(c), z = fold(d);
+  const V4 wx = VAMOH_PICK(w, x, 0, 4, 1, 5) + VAMOH_PICK(w, x, 2, 6, 3, 7);
+  const V4 yz = VAMOH_PICK(y, z, 0, 4, 1, 5) + VAMOH_PICK(y, z, 2, 6, 3, 7);
+  return VAMOH_PICK(wx, yz, 0, 1, 4, 5) + VAMOH_PICK(wx, yz, 2, 3, 6, 7);
+}
+
+#undef VAMOH_PICK
+
+// Rows of a block of `dots`; its columns are 4.
+constexpr int kDotRows = VAMOH_VECTOR_BITS == 512 ? 6 : 2;
+
+// out[r * out_row + c] += sum over panels and points of a[panel][r][point] * b[panel][c][point], C <= 4 columns
+template <int R, int C>
+inline __attribute__((always_inline)) void dots_block(const float* a, int64_t a_panel, const float* b, int64_t b_panel,
+                                                      int64_t panels, float* out, int64_t out_row) {
+  V s[R][4] = {};
+  for (int64_t panel = 0; panel < panels; ++panel, a += a_panel, b += b_panel)
+#pragma GCC unroll 1
+    for (int lane = 0; lane < kPanel; lane += kLanes) {
+      V right[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) right[c] = load(b + c * kPanel + lane);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V left = load(a + r * kPanel + lane);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) s[r][c] = fma(left, right[c], s[r][c]);
+      }
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const V4 total = sums(s[r][0], s[r][1], s[r][2], s[r][3]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) out[r * out_row + c] += total[c];
+  }
+}
+
+template <int R>
+inline void dots_rows(const float* a, int64_t a_panel, const float* b, int64_t b_panel, int64_t panels, int64_t columns,
+                      float* out, int64_t out_row) {
+  int64_t c = 0;
+  for (; c + 4 <= columns; c += 4)
+    dots_block<R, 4>(a, a_panel, b + c * kPanel, b_panel, panels, out + c, out_row);
+  for (; c < columns; ++c) dots_block<R, 1>(a, a_panel, b + c * kPanel, b_panel, panels, out + c, out_row);
+}
+
+// Gradient of a weight matrix: out[r * out_row + c] += sum over panels and points of a[panel][r][point] *
+// b[panel][c][point]. Panels are a_panel and b_panel floats apart.
+inline void dots(const float* a, int64_t a_panel, const float* b, int64_t b_panel, int64_t panels, int64_t rows,
+                 int64_t columns, float* out, int64_t out_row) {
+  int64_t r = 0;
+  for (; r + kDotRows <= rows; r += kDotRows)
+    dots_rows<kDotRows>(a + r * kPanel, a_panel, b, b_panel, panels, columns, out + r * out_row, out_row);
+  for (; r < rows; ++r)
+    dots_rows<1>(a + r * kPanel, a_panel, b, b_panel, panels, columns, out + r * out_row, out_row);
+}
+
+// sum over panels and points of one row: gradient of a bias.
+inline float row_sum(const float* row, int64_t panel_step, int64_t panels) {
+  V total = V{};
+  for (int64_t panel = 0; panel < panels; ++panel, row += panel_step)
+    for (int lane = 0; lane < kPanel; lane += kLanes) total += load(row + lane);
+  return sum(total);
+}

@@ -1,0 +1,112 @@
+// Vectors of float and the functions of them that kernels need. Included by the kernels, once per instruction set.
+//
+// exp, log and the like are within 2 units in the last place of the true value and follow the C library for infinities
+// and NaN, except that results below the smallest normal number may be 0.
+
+typedef float V __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+typedef int Vi __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+constexpr int kLanes = kVectorBytes / 4;
+
+inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
+inline V splat(float x) { return x - V{}; }
+inline Vi bits(V v) { return reinterpret_cast<Vi>(v); }
+inline V from_bits(Vi v) { return reinterpret_cast<V>(v); }
+
+// a * b + c, rounded once where the instruction set can.
+inline V fma(V a, V b, V c) {
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_fmadd_ps(a, b, c);
+#elif VAMOH_VECTOR_BITS == 256
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__clang__) && __has_builtin(__builtin_elementwise_fma)
+  return __builtin_elementwise_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline V min(V a, V b) { return a < b ? a : b; }
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V abs(V v) { return from_bits(bits(v) & 0x7fffffff); }
+
+inline float sum(V v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// Nearest integer to |x| < 2^22, as a float and, in `integer`, as an int.
+inline V round(V x, Vi& integer) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum has no room for a fraction
+  const V shifted = x + kShift;
+  integer = bits(shifted) - 0x4b400000;
+  return shifted - kShift;
+}
+
+inline V exp(V x) {
+  x = x < -104.0f ? splat(-104.0f) : x;
+  x = x > 89.0f ? splat(89.0f) : x;
+  Vi n;
+  const V scale = round(x * 1.44269504f, n);
+  V r = fma(scale, splat(-0.693359375f), x);
+  r = fma(scale, splat(2.12194440e-4f), r);
+  V p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  const Vi half = n >> 1;  // 2^n in two steps, as n may be beyond a float's exponents
+  return p * from_bits((half + 127) << 23) * from_bits((n - half + 127) << 23);
+}
+
+inline V log(V x) {
+  const Vi tiny = x < 1.17549435e-38f;
+  const V scaled = tiny ? x * 8388608.0f : x;
+  Vi exponent = ((bits(scaled) - 0x3f3504f3) >> 23);  // so that the fraction lies in [sqrt(1/2), sqrt(2))
+  const V f = from_bits(bits(scaled) - (exponent << 23)) - 1.0f;
+  exponent -= tiny & 23;
+  const V e = __builtin_convertvector(exponent, V);
+  V p = splat(7.0376836292e-2f);
+  p = fma(p, f, splat(-1.1514610310e-1f));
+  p = fma(p, f, splat(1.1676998740e-1f));
+  p = fma(p, f, splat(-1.2420140846e-1f));
+  p = fma(p, f, splat(1.4249322787e-1f));
+  p = fma(p, f, splat(-1.6668057665e-1f));
+  p = fma(p, f, splat(2.0000714765e-1f));
+  p = fma(p, f, splat(-2.4999993993e-1f));
+  p = fma(p, f, splat(3.3333331174e-1f));
+  const V square = f * f;
+  V result = fma(p * f, square, e * -2.12194440e-4f);
+  result = fma(square, splat(-0.5f), result) + f;
+  result = fma(e, splat(0.693359375f), result);
+  const V infinity = splat(__builtin_inff());
+  result = x == infinity ? infinity : result;
+  result = x > 0.0f ? result : splat(__builtin_nanf(""));
+  return x == 0.0f ? -infinity : result;
+}
+
+// log(1 + x) for x >= 0, precise also where x is small.
+inline V log1p(V x) {
+  const V w = x + 1.0f;
+  return w == x ? log(x) : log(w) + (x - (w - 1.0f)) / w;
+}
+
+// Sine and cosine of x * pi / 2 for |x| < 2^22.
+inline void sincos_quarter(V x, V& sine, V& cosine) {
+  Vi quadrant;
+  const V r = (x - round(x, quadrant)) * 1.57079632679f;
+  const V square = r * r;
+  V s = fma(splat(-1.9515295891e-4f), square, splat(8.3321608736e-3f));
+  s = fma(s, square, splat(-1.6666654611e-1f));
+  s = fma(s * square, r, r);
+  V c = fma(splat(2.443315711809948e-5f), square, splat(-1.388731625493765e-3f));
+  c = fma(c, square, splat(4.166664568298827e-2f));
+  c = fma(c * square, square, fma(square, splat(-0.5f), splat(1.0f)));
+  const Vi swap = (quadrant & 1) != 0;
+  const V a = swap ? c : s, b = swap ? s : c;
+  sine = (quadrant & 2) != 0 ? -a : a;
+  cosine = ((quadrant + 1) & 2) != 0 ? -b : b;
+}
