@@ -164,8 +164,16 @@ inline void dots(const float* a, int64_t a_panel, const float* b, int64_t b_pane
   int64_t r = 0;
   for (; r + kDotRows <= rows; r += kDotRows)
     dots_rows<kDotRows>(a + r * kPanel, a_panel, b, b_panel, panels, columns, out + r * out_row, out_row);
-  for (; r < rows; ++r)
-    dots_rows<1>(a + r * kPanel, a_panel, b, b_panel, panels, columns, out + r * out_row, out_row);
+  a += r * kPanel;
+  out += r * out_row;
+  switch (rows - r) {
+    case 1: return dots_rows<1>(a, a_panel, b, b_panel, panels, columns, out, out_row);
+    case 2: return dots_rows<2>(a, a_panel, b, b_panel, panels, columns, out, out_row);
+    case 3: return dots_rows<3>(a, a_panel, b, b_panel, panels, columns, out, out_row);
+    case 4: return dots_rows<4>(a, a_panel, b, b_panel, panels, columns, out, out_row);
+    case 5: return dots_rows<5>(a, a_panel, b, b_panel, panels, columns, out, out_row);
+    default: return;
+  }
 }
 
 // sum over panels and points of one row: gradient of a bias.

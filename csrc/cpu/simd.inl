@@ -94,10 +94,8 @@ inline V log1p(V x) {
   return w == x ? log(x) : log(w) + (x - (w - 1.0f)) / w;
 }
 
-// Sine and cosine of x * pi / 2 for |x| < 2^22.
-inline void sincos_quarter(V x, V& sine, V& cosine) {
-  Vi quadrant;
-  const V r = (x - round(x, quadrant)) * 1.57079632679f;
+// Sine and cosine of r + quadrant * pi / 2 for |r| <= pi / 4.
+inline void sincos_reduced(V r, Vi quadrant, V& sine, V& cosine) {
   const V square = r * r;
   V s = fma(splat(-1.9515295891e-4f), square, splat(8.3321608736e-3f));
   s = fma(s, square, splat(-1.6666654611e-1f));
@@ -109,4 +107,31 @@ inline void sincos_quarter(V x, V& sine, V& cosine) {
   const V a = swap ? c : s, b = swap ? s : c;
   sine = (quadrant & 2) != 0 ? -a : a;
   cosine = ((quadrant + 1) & 2) != 0 ? -b : b;
+}
+
+// Sine and cosine of x * pi / 2 for |x| < 2^22.
+inline void sincos_quarter(V x, V& sine, V& cosine) {
+  Vi quadrant;
+  const V r = (x - round(x, quadrant)) * 1.57079632679f;
+  sincos_reduced(r, quadrant, sine, cosine);
+}
+
+// Sine and cosine of x.
+inline void sincos(V x, V& sine, V& cosine) {
+  Vi far = !(abs(x) < 8192.0f);
+  bool any_far = false;
+  for (int i = 0; i < kLanes; ++i) any_far |= far[i] != 0;
+  const V near = far ? V{} : x;
+  Vi quadrant;
+  const V q = round(near * 0.63661977236f, quadrant);
+  V r = fma(q, splat(-1.5703125f), near);  // pi / 2 in three parts, so that r is exact
+  r = fma(q, splat(-4.837512969970703125e-4f), r);
+  r = fma(q, splat(-7.54978995489188216e-8f), r);
+  sincos_reduced(r, quadrant, sine, cosine);
+  if (any_far)
+    for (int i = 0; i < kLanes; ++i)
+      if (far[i]) {
+        sine[i] = __builtin_sinf(x[i]);
+        cosine[i] = __builtin_cosf(x[i]);
+      }
 }

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vamoh.layout import packed_size
-from vamoh.ops import inr_mixture, inr_mixture_expected_log_likelihood, inr_mixture_log_likelihood
-from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
+from vamoh.ops import (
+    inr_mixture,
+    inr_mixture_expected_log_likelihood,
+    inr_mixture_log_likelihood,
+    inr_mixture_mean,
+)
+from vamoh.ops._backend import native_unavailable
+from vamoh.ops.inr_mixture import ACTIVATIONS, Inr, inr_mixture_mean_reference, inr_mixture_reference
 from vamoh.ops.likelihood import Likelihood, log_likelihood, log_likelihood_with_derivatives
 
 module = importlib.import_module("vamoh.ops.inr_mixture")  # the package has a function of that name
@@ -154,6 +160,13 @@ def test_gradient_of_features_and_values(argument):
     torch.testing.assert_close(value(*tensors), fast)
 
 
+def test_second_derivatives_of_outputs_are_refused():
+    theta, features, *_ = inputs(1, 2, 3, (2, 3, 1))
+    out = inr_mixture(theta.requires_grad_(), features, Inr((2, 3, 1)))
+    with pytest.raises(RuntimeError, match="inr_mixture: has no second derivatives"):
+        torch.autograd.grad(out.sum(), theta, create_graph=True)
+
+
 def test_second_derivatives_are_refused():
     theta, features, values, weights, scale = inputs(1, 2, 3, (2, 3, 1))
     value, _ = inr_mixture_expected_log_likelihood(
@@ -264,14 +277,231 @@ def test_no_points_and_no_functions():
     assert [tuple(t.shape) for t in empty] == [(0,), (0, 3, 4)]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_contract_of_torch_library(shared):
+def mirrored(points: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features [N, 2·width] float32 whose second half changes its sign at the opposite point, and the mirror [N].
+
+    Opposite points lie anywhere in the list; about a tenth have none and some are opposite to themselves.
+    """
+    g = np.random.default_rng([points, width, seed])
+    features, mirror = g.normal(size=(points, 2 * width)), np.full(points, -1)
+    order = g.permutation(points)[: points - points // 10]
+    if len(order) % 2:
+        features[order[-1], width:] = 0
+        mirror[order[-1]] = order[-1]
+        order = order[:-1]
+    for i, j in order.reshape(-1, 2):
+        mirror[i], mirror[j] = j, i
+        features[j] = np.concatenate([features[i, :width], -features[i, width:]])
+    return torch.from_numpy(features).float(), torch.from_numpy(mirror)
+
+
+def native_case(b: int, k: int, n: int, widths: tuple[int, ...], features: str) -> tuple[list, Tensor | None]:
+    """float32 arguments with parameters of the usual scale, and the mirror; features "shared", "own" or "mirrored"."""
+    arguments, mirror = inputs(b, k, n, widths, features != "own", torch.float32), None
+    arguments[0] *= 0.5 / math.sqrt(max(widths))
+    if features == "mirrored":
+        arguments[1], mirror = mirrored(n, widths[0] // 2)
+    return arguments, mirror
+
+
+def expected_with_gradients(arguments: list, inr: Inr, kind: Likelihood, mirror: Tensor | None, backend: str) -> list:
+    return list(
+        torch.ops.vamoh.inr_mixture_expected_log_likelihood(
+            *arguments, mirror, list(inr.widths), *inr[1:], *kind, backend
+        )
+    )
+
+
+def distance(result: Tensor, exact: Tensor) -> float:
+    """‖result - exact‖ / ‖exact‖, 0 where both vanish."""
+    assert result.shape == exact.shape
+    result, exact = result.detach(), exact.detach()
+    return float((result.double() - exact).norm() / exact.norm()) if exact.any() else float(result.any())
+
+
+NATIVE_SIZES = [
+    (1, 1, 1, (2, 1)),
+    (2, 3, 7, (6, 5, 4, 2)),
+    (3, 1, 65, (64, 4, 4, 3)),
+    (1, 2, 130, (128, 32, 33, 1)),
+    (2, 2, 200, (256, 64, 64, 64, 3)),
+    (1, 1, 129, (10, 256, 7, 2)),
+]
+needs_native = pytest.mark.skipif(native_unavailable() is not None, reason=str(native_unavailable()))
+
+
+@needs_native
+@pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
+@pytest.mark.parametrize("size", NATIVE_SIZES, ids=str)
+def test_native_matches_float64(monkeypatch, isas, size, features):
+    (arguments, mirror), n = native_case(*size, features), size[2]
+    exact = [t.double() for t in arguments]
+    for i, isa in enumerate(isas):
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        for j, kind in enumerate(LIKELIHOODS):
+            activation = ACTIVATIONS[(i + j) % 3]
+            inr = Inr(size[-1], activation, slope=-0.2 if j == 1 else 0.2, omega=1.5)
+            result = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
+            expected = expected_with_gradients(exact, inr, kind, None, "reference")
+            assert max(map(distance, result, expected)) <= 1e-5
+            theta, x, values, _, scale = arguments
+            log_p = inr_mixture_log_likelihood(theta, x, values, scale, inr, kind, mirror=mirror, backend="cpu")
+            assert distance(log_p, expected[1]) <= 1e-5
+            leaf, other = theta.clone().requires_grad_(), exact[0].clone().requires_grad_()
+            out = inr_mixture(leaf, x, inr, mirror=mirror, backend="cpu")
+            plain = inr_mixture_reference(other, exact[1], inr)
+            incoming = torch.sin(torch.arange(plain.numel(), dtype=torch.float64)).view(plain.shape)
+            assert distance(out, plain) <= 1e-5
+            gradient = torch.autograd.grad(plain, other, incoming)[0]
+            assert distance(torch.autograd.grad(out, leaf, incoming.float())[0], gradient) <= 1e-5
+            for points in (n, 1):
+                log_pi = torch.randn(size[0], size[1], points, generator=torch.Generator().manual_seed(j)).log_softmax(
+                    1
+                )
+                means = inr_mixture_mean(theta, x, log_pi, inr, kind, mirror=mirror, backend="cpu")
+                exact_means = inr_mixture_mean_reference(exact[0], exact[1], log_pi.double(), inr, kind)
+                assert max(map(distance, means, exact_means)) <= 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
+def test_native_gives_the_same_bits_for_any_number_of_threads(features):
+    widths = (128, 32, 32, 3)
+    arguments, mirror = native_case(2, 3, 3000, widths, features)
+    inr, kind, before = Inr(widths), LIKELIHOODS[0], torch.get_num_threads()
+    log_pi = arguments[3].clamp(min=1e-3).log()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            [
+                *expected_with_gradients(arguments, inr, kind, mirror, "cpu"),
+                inr_mixture(*arguments[:2], inr, mirror=mirror, backend="cpu"),
+                *inr_mixture_mean(*arguments[:2], log_pi, inr, kind, mirror=mirror, backend="cpu"),
+            ]
+        )
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+@given(st.data())
+def test_native_at_any_size(data):
+    b, k, n = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 140))
+    half, *rest = data.draw(st.lists(st.integers(1, 70), min_size=2, max_size=4))
+    widths = (2 * half, *rest)
+    features = data.draw(st.sampled_from(["shared", "own", "mirrored"]))
+    arguments, mirror = native_case(b, k, n, widths, features)
+    inr = Inr(widths, data.draw(st.sampled_from(ACTIVATIONS)), omega=2.0)
+    kind = data.draw(st.sampled_from(LIKELIHOODS))
+    result = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
+    expected = expected_with_gradients([t.double() for t in arguments], inr, kind, None, "reference")
+    assert max(map(distance, result, expected)) <= 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+def test_native_at_extreme_outputs_and_scales(monkeypatch, isas, kind, scale):
+    """Outputs far beyond saturation, at 0 and next to 0, and values at both ends."""
+    logits = torch.tensor([-2e4, -90.0, -20.0, -1.0, -1e-3, 0.0, 1e-4, 0.49, 0.51, 15.0, 80.0, 3e3]).repeat(3)
+    values = torch.tensor([0.0, 0.37, 1.0]).repeat_interleave(12)[None, :, None]
+    theta, weights = torch.tensor([[[1.0, 0.0]]]), torch.ones(1, 1, 36)  # a network that passes its feature on
+    arguments = [theta, logits[:, None], values, weights, torch.tensor([[scale]])]
+    exact = [t.double() for t in arguments]
+    expected = expected_with_gradients(exact, Inr((1, 1)), kind, None, "reference")
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        result = expected_with_gradients(arguments, Inr((1, 1)), kind, None, "cpu")
+        assert all(t.isfinite().all() for t in result)
+        for a, b, unit in zip(result, expected, (1, 1, 1, 1 / scale), strict=True):  # saturated: next to nothing
+            assert (a.double() - b).norm() <= 1e-5 * (b.norm() + unit)
+
+
+@needs_native
+def test_native_means_of_equally_probable_components():
+    theta = torch.tensor([[[0.0, 1.0], [0.0, 2.0]]])  # constants 1 and 2
+    log_pi = torch.full((1, 2, 3), math.log(0.5))
+    mean, mean_map = inr_mixture_mean(
+        theta, torch.zeros(3, 1), log_pi, Inr((1, 1)), Likelihood("bernoulli"), backend="cpu"
+    )
+    first, second = torch.sigmoid(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(mean_map, first.expand(1, 3, 1))
+    torch.testing.assert_close(mean, ((first + second) / 2).expand(1, 3, 1))
+
+
+@needs_native
+def test_native_takes_strided_arguments():
+    arguments, mirror = native_case(3, 2, 70, (8, 5, 2), "mirrored")
+    strided = [t.mT.contiguous().mT for t in arguments]
+    strided[0] = arguments[0].transpose(0, 1).contiguous().transpose(0, 1)  # as the hypernetwork gives it
+    inr, kind = Inr((8, 5, 2)), LIKELIHOODS[0]
+    result = expected_with_gradients(strided, inr, kind, mirror, "cpu")
+    assert result[2].stride() == strided[0].stride()
+    for a, b in zip(result, expected_with_gradients(arguments, inr, kind, mirror, "cpu"), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("mirror", "error", "message"),
+    [
+        (torch.tensor([1, 0, 2]), ValueError, r"mirror must have shape \[4\], got \[3\]"),
+        (torch.tensor([1, 0, 3, 2]).int(), TypeError, "mirror must have dtype .*int64, got .*int32"),
+        (torch.tensor([1, 0, 4, -1]), ValueError, "mirror must hold -1 or pairs"),
+        (torch.tensor([1, 2, 0, -1]), ValueError, "mirror must hold -1 or pairs"),
+    ],
+)
+def test_mirror_is_checked(mirror, error, message):
+    with pytest.raises(error, match=f"^inr_mixture: {message}"):
+        inr_mixture(torch.zeros(1, 1, 13), torch.zeros(4, 2), Inr((2, 3, 1)), mirror=mirror)
+
+
+def test_mirror_needs_shared_features_of_even_width():
+    pairs = torch.tensor([1, 0])
+    for theta, features, widths in (
+        (torch.zeros(1, 1, 13), torch.zeros(1, 2, 2), (2, 3, 1)),
+        (torch.zeros(1, 1, 16), torch.zeros(2, 3), (3, 3, 1)),
+    ):
+        with pytest.raises(ValueError, match="mirror must come with features"):
+            inr_mixture(theta, features, Inr(widths), mirror=pairs)
+
+
+def test_gradients_that_only_the_reference_has(monkeypatch):
+    theta, features, values, weights, scale = inputs(1, 1, 3, (2, 3, 1), dtype=torch.float32)
+    inr, kind = Inr((2, 3, 1)), LIKELIHOODS[0]
+    calls = [
+        lambda **b: inr_mixture(theta, features.clone().requires_grad_(), inr, **b),
+        lambda **b: inr_mixture_log_likelihood(theta.clone().requires_grad_(), features, values, scale, inr, kind, **b),
+    ]
+    for call in calls:
+        assert call().requires_grad
+        with pytest.raises(ValueError, match="backend must be 'reference' for gradients.*, got 'cpu'"):
+            call(backend="cpu")
+        monkeypatch.setenv("VAMOH_BACKEND", "cpu")
+        with pytest.raises(ValueError, match="backend must be 'reference' for gradients.*, got 'cpu'"):
+            call()
+        monkeypatch.delenv("VAMOH_BACKEND")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
+def test_contract_of_torch_library(features, dtype):
     torch.use_deterministic_algorithms(False)
-    theta, features, values, weights, scale = inputs(2, 3, 5, (3, 4, 2), shared)
-    differentiable = [t.requires_grad_() for t in (theta, weights, scale)]
-    arguments = (*differentiable[:1], features, values, *differentiable[1:], [3, 4, 2], "leaky_relu", 0.1, 30.0)
-    for kind in (LIKELIHOODS[0], LIKELIHOODS[2]):
-        torch.library.opcheck(torch.ops.vamoh.inr_mixture_expected_log_likelihood, (*arguments, *kind, None))
+    arguments, mirror = native_case(2, 3, 5, (4, 4, 2), features)
+    theta, x, values, weights, scale = (t.to(dtype) for t in arguments)
+    for t in (theta, weights, scale):
+        t.requires_grad_()
+    network, kind, ops = (mirror, [4, 4, 2], "leaky_relu", 0.1, 30.0), LIKELIHOODS[0], torch.ops.vamoh
+    torch.library.opcheck(
+        ops.inr_mixture_expected_log_likelihood, (theta, x, values, weights, scale, *network, *kind, None)
+    )
+    torch.library.opcheck(ops.inr_mixture, (theta, x, *network, None))
+    plain = [t.detach() for t in (theta, x, values, scale, weights)]
+    torch.library.opcheck(ops.inr_mixture_log_likelihood, (*plain[:4], *network, *kind, None))
+    torch.library.opcheck(ops.inr_mixture_mean, (*plain[:2], plain[4], *network, "bernoulli", None))
+    grad = torch.ones(2, 3, 5, 2, dtype=dtype)
+    torch.library.opcheck(ops.inr_mixture_backward, (grad, *plain[:2], *network, None))
 
 
 @pytest.mark.parametrize(

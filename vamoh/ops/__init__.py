@@ -7,6 +7,7 @@ from vamoh.ops.farthest_point_sample import farthest_point_sample as farthest_po
 from vamoh.ops.inr_mixture import inr_mixture as inr_mixture
 from vamoh.ops.inr_mixture import inr_mixture_expected_log_likelihood as inr_mixture_expected_log_likelihood
 from vamoh.ops.inr_mixture import inr_mixture_log_likelihood as inr_mixture_log_likelihood
+from vamoh.ops.inr_mixture import inr_mixture_mean as inr_mixture_mean
 from vamoh.ops.knn import knn as knn
 from vamoh.ops.planar_flow import planar_flow_log_prob as planar_flow_log_prob
 from vamoh.ops.planar_flow import planar_flow_sample as planar_flow_sample

@@ -72,6 +72,13 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | No
     raise ValueError(f"{op}: backend must be one of {', '.join(i.backend for i in known)}, got {asked}")
 
 
+def require_reference(op: str, wish: str, backend: str | None) -> None:
+    """Raise ValueError if another backend than "reference" was asked for, where only that one does what is wished."""
+    chosen = backend or os.environ.get("VAMOH_BACKEND") or "reference"
+    if chosen != "reference":
+        raise ValueError(f"{op}: backend must be 'reference' for {wish}, got {chosen!r}")
+
+
 def _misfit(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str | None:
     if implementation.devices is not None and device.type not in implementation.devices:
         return f"takes tensors on {' or '.join(implementation.devices)}, got {device}"

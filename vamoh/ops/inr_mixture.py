@@ -1,14 +1,14 @@
 """The mixture of coordinate networks (INRs) whose parameters a hypernetwork made, and its likelihood.
 
 `theta` [B, K, P] packs one network per function and component (`vamoh.layout`); `features` are the encoded
-coordinates, [N, E] shared by the batch or [B, N, E]. Three functions share one forward pass: plain outputs, the
-log-likelihood of every component, and its expectation together with the gradient of θ in a single pass.
+coordinates, [N, E] shared by the batch or [B, N, E]. Four functions share one forward pass: plain outputs, the
+log-likelihood of every component, its expectation together with the gradient of θ in a single pass, and the mixed mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,16 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_choice, check_tensor
 from vamoh.layout import packed_size, unpack
-from vamoh.ops._backend import register, resolve
-from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likelihood_with_derivatives
+from vamoh.ops._backend import (
+    items,
+    native,
+    native_isa,
+    native_unavailable,
+    register,
+    require_reference,
+    resolve,
+)
+from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likelihood_with_derivatives, mean
 
 ACTIVATIONS = ("leaky_relu", "relu", "sine")
 
@@ -37,15 +45,23 @@ class Inr(NamedTuple):
     omega: float = 30.0
 
 
-def inr_mixture(theta: Tensor, features: Tensor, inr: Inr, *, backend: str | None = None) -> Tensor:
+def inr_mixture(
+    theta: Tensor, features: Tensor, inr: Inr, *, mirror: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Outputs [B, K, N, C] of K networks per function at the encoded points; differentiable in both tensors.
 
     theta [B, K, P] and features [N, E] or [B, N, E], float32 or float64 of one dtype and device.
+    mirror [N] int64 speeds up symmetric grids: where mirror[n] = m >= 0, the halves (even, odd) of features[n] promise
+    that features[m] is (even, -odd), and mirror[m] = n; -1: no such point. It changes nothing but the rounding.
+    A gradient to the features takes the plain-torch path, which stores every activation and has second derivatives.
     Raises TypeError or ValueError naming the argument.
     """
-    _check(inr, theta, features)
-    resolve("inr_mixture", theta.device, theta.dtype, backend)
-    return inr_mixture_reference(theta, features, inr)
+    _check(inr, theta, features, mirror=mirror)
+    if features.requires_grad:
+        require_reference("inr_mixture", "gradients of features", backend)
+        return inr_mixture_reference(theta, features, inr)
+    result: Tensor = torch.ops.vamoh.inr_mixture(theta, features, mirror, list(inr.widths), *inr[1:], backend)
+    return result
 
 
 def inr_mixture_log_likelihood(
@@ -56,17 +72,24 @@ def inr_mixture_log_likelihood(
     inr: Inr,
     likelihood: Likelihood,
     *,
+    mirror: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-likelihood [B, K, N] in nats of `values` [B, N, C] under every component, summed over channels.
 
-    scale [K, C] > 0 is the logistic's (ignored by the others). Differentiable by plain autograd, which stores every
-    activation: the documented slow path for gradients to coordinates and frequencies.
+    scale [K, C] > 0 is the logistic's (ignored by the others); mirror as in `inr_mixture`. With gradients it takes the
+    plain-torch path, which stores every activation: the documented slow path for gradients to coordinates and
+    frequencies.
     """
-    _check(inr, theta, features, values, scale, likelihood)
-    resolve("inr_mixture_log_likelihood", theta.device, theta.dtype, backend)
-    logits = inr_mixture_reference(theta, features, inr)
-    return log_likelihood(likelihood, logits, values[:, None], scale[:, None]).sum(-1)
+    _check(inr, theta, features, values, scale, likelihood, mirror)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, features, values, scale)):
+        require_reference("inr_mixture_log_likelihood", "gradients", backend)
+        logits = inr_mixture_reference(theta, features, inr)
+        return log_likelihood(likelihood, logits, values[:, None], scale[:, None]).sum(-1)
+    result: Tensor = torch.ops.vamoh.inr_mixture_log_likelihood(
+        theta, features, values, scale, mirror, list(inr.widths), *inr[1:], *likelihood, backend
+    )
+    return result
 
 
 def inr_mixture_expected_log_likelihood(
@@ -78,6 +101,7 @@ def inr_mixture_expected_log_likelihood(
     inr: Inr,
     likelihood: Likelihood,
     *,
+    mirror: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Expected log-likelihood under the weights q(c), in one pass that keeps no activation.
@@ -86,18 +110,44 @@ def inr_mixture_expected_log_likelihood(
     weights [B, K, N] are zero at unobserved points. The value is linear in the log-likelihoods, so the gradients of
     θ and the scales are known in the same pass. `value` is differentiable in theta, weights and scale;
     `log_likelihood` is not. Features or values that need a gradient take the slow path of
-    `inr_mixture_log_likelihood`.
+    `inr_mixture_log_likelihood`; mirror as in `inr_mixture`.
     """
-    _check(inr, theta, features, values, scale, likelihood)
+    _check(inr, theta, features, values, scale, likelihood, mirror)
     batch, components = theta.shape[:2]
     check_tensor("inr_mixture", "weights", weights, [batch, components, values.shape[1]], like=theta)
     if features.requires_grad or values.requires_grad:
         log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood, backend=backend)
         return (weights * log_p).sum((1, 2)), log_p.detach()
     value, log_p, _, _ = torch.ops.vamoh.inr_mixture_expected_log_likelihood(
-        theta, features, values, weights, scale, list(inr.widths), *inr[1:], *likelihood, backend
+        theta, features, values, weights, scale, mirror, list(inr.widths), *inr[1:], *likelihood, backend
     )
     return value, log_p.detach()
+
+
+def inr_mixture_mean(
+    theta: Tensor,
+    features: Tensor,
+    log_pi: Tensor,
+    inr: Inr,
+    likelihood: Likelihood,
+    *,
+    mirror: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean of the mixture and mean of its most probable component, both [B, N, C]; for inference, no gradient.
+
+    log_pi [B, K, N], or [B, K, 1] for all points alike: log-probabilities of the components; the first of equally
+    probable ones counts. mirror as in `inr_mixture`.
+    """
+    _check(inr, theta, features, likelihood=likelihood, mirror=mirror)
+    batch, components = theta.shape[:2]
+    count = features.shape[-2]
+    points = 1 if isinstance(log_pi, Tensor) and log_pi.dim() == 3 and log_pi.shape[2] == 1 else count
+    check_tensor("inr_mixture", "log_pi", log_pi, [batch, components, points], like=theta)
+    mean, mean_map = torch.ops.vamoh.inr_mixture_mean(
+        theta.detach(), features.detach(), log_pi.detach(), mirror, list(inr.widths), *inr[1:], likelihood.kind, backend
+    )
+    return mean, mean_map
 
 
 def _check(
@@ -107,6 +157,7 @@ def _check(
     values: Tensor | None = None,
     scale: Tensor | None = None,
     likelihood: Likelihood | None = None,
+    mirror: Tensor | None = None,
 ) -> None:
     where = "inr_mixture"
     check_choice(where, "activation", inr.activation, ACTIVATIONS)
@@ -123,27 +174,94 @@ def _check(
         check_tensor(where, "scale", scale, [components, inr.widths[-1]], like=theta)
     if likelihood is not None:
         check_choice(where, "likelihood", likelihood.kind, KINDS)
+    if mirror is not None:
+        check_tensor(where, "mirror", mirror, [features.shape[-2]], dtypes=[torch.int64])
+        if features.dim() != 2 or inr.widths[0] % 2:
+            raise ValueError(
+                f"{where}: mirror must come with features [N, E] shared by the batch and E even, "
+                f"got {list(features.shape)}"
+            )
 
 
+_NETWORK = "Tensor? mirror, int[] widths, str activation, float slope, float omega"
+_LIKELIHOOD = "str likelihood, float half_bin, float epsilon, bool open_ends"
+
+torch.library.define("vamoh::inr_mixture", f"(Tensor theta, Tensor features, {_NETWORK}, str? backend) -> Tensor")
+torch.library.define(
+    "vamoh::inr_mixture_backward",
+    f"(Tensor grad_outputs, Tensor theta, Tensor features, {_NETWORK}, str? backend) -> Tensor",
+)
+torch.library.define(
+    "vamoh::inr_mixture_log_likelihood",
+    f"(Tensor theta, Tensor features, Tensor values, Tensor scale, {_NETWORK}, {_LIKELIHOOD}, str? backend) -> Tensor",
+)
+torch.library.define(
+    "vamoh::inr_mixture_mean",
+    f"(Tensor theta, Tensor features, Tensor log_pi, {_NETWORK}, str likelihood, str? backend) -> (Tensor, Tensor)",
+)
 torch.library.define(
     "vamoh::inr_mixture_expected_log_likelihood",
-    "(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, int[] widths, str activation, "
-    "float slope, float omega, str likelihood, float half_bin, float epsilon, bool open_ends, str? backend) "
-    "-> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
+    f"(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, {_NETWORK}, {_LIKELIHOOD}, "
+    "str? backend) -> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
 )
+
+
+@torch.library.register_fake("vamoh::inr_mixture")
+def _fake_outputs(theta: Tensor, features: Tensor, mirror: Tensor | None, widths: Sequence[int], *_: object) -> Tensor:
+    return theta.new_empty(*theta.shape[:2], features.shape[-2], widths[-1])
+
+
+@torch.library.register_fake("vamoh::inr_mixture_backward")
+def _fake_backward(grad_outputs: Tensor, theta: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(theta)
+
+
+@torch.library.register_fake("vamoh::inr_mixture_log_likelihood")
+def _fake_log_likelihood(theta: Tensor, features: Tensor, *_: object) -> Tensor:
+    return theta.new_empty(*theta.shape[:2], features.shape[-2])
+
+
+@torch.library.register_fake("vamoh::inr_mixture_mean")
+def _fake_mean(
+    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, widths: Sequence[int], *_: object
+) -> tuple[Tensor, Tensor]:
+    mean = theta.new_empty(theta.shape[0], features.shape[-2], widths[-1])
+    return mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("vamoh::inr_mixture_expected_log_likelihood")
 def _fake(
     theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, *_: object
 ) -> tuple[Tensor, ...]:
-    batch, components, packed = theta.shape
+    batch, components = theta.shape[:2]
     return (
         theta.new_empty(batch),
         theta.new_empty(batch, components, values.shape[1]),
-        theta.new_empty(batch, components, packed),
+        torch.empty_like(theta),
         theta.new_empty(batch, components, values.shape[2]),
     )
+
+
+def _refuse_second_derivatives(op: str) -> None:
+    if torch.is_grad_enabled():  # what was computed without autograd would count as constant
+        raise RuntimeError(
+            f"{op}: has no second derivatives (create_graph=True); inr_mixture_log_likelihood has, and inr_mixture "
+            "where the features need a gradient"
+        )
+
+
+def _outputs_setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]  # type: ignore[attr-defined]
+
+
+def _outputs_backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives("inr_mixture")
+    by_theta = torch.ops.vamoh.inr_mixture_backward(grad_outputs, *ctx.saved_tensors, *ctx.rest)
+    return (by_theta, *(None,) * 7)
+
+
+torch.library.register_autograd("vamoh::inr_mixture", _outputs_backward, setup_context=_outputs_setup_context)
 
 
 def _setup_context(
@@ -156,15 +274,11 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # the saved gradients would count as constants
-        raise RuntimeError(
-            "inr_mixture_expected_log_likelihood: has no second derivatives (create_graph=True); "
-            "inr_mixture_log_likelihood has"
-        )
+    _refuse_second_derivatives("inr_mixture_expected_log_likelihood")
     log_p, grad_theta, grad_scale = ctx.saved_tensors  # type: ignore[attr-defined]
     per_datum = grad_value[:, None, None]
     by_scale = (per_datum * grad_scale).sum(0)
-    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 9)
+    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 10)
 
 
 torch.library.register_autograd("vamoh::inr_mixture_expected_log_likelihood", _backward, setup_context=_setup_context)
@@ -172,22 +286,86 @@ torch.library.register_autograd("vamoh::inr_mixture_expected_log_likelihood", _b
 
 def inr_mixture_reference(theta: Tensor, features: Tensor, inr: Inr) -> Tensor:
     """Plain torch: outputs [B, K, N, C]."""
-    layers = unpack(theta, inr.widths)
-    h = features.mT if features.dim() == 2 else features.mT[:, None]  # [E, N] or [B, 1, E, N]
-    for i, (weight, bias) in enumerate(layers):
-        h = weight @ h + bias[..., None]  # [B, K, H, N]
-        if i < len(layers) - 1:
-            h = _activate(h, inr)
-    return h.mT
+    return _forward(theta, features, inr)[3].mT
 
 
-@torch.library.impl("vamoh::inr_mixture_expected_log_likelihood", "CompositeExplicitAutograd")
-def inr_mixture_expected_log_likelihood_reference(
+_Layers = list[tuple[Tensor, Tensor]]
+
+
+def _forward(theta: Tensor, features: Tensor, inr: Inr) -> tuple[_Layers, list[Tensor], list[Tensor], Tensor]:
+    """Weights and biases, the input of every layer, hidden values before the activation, and outputs [B, K, C, N]."""
+    layers, before = unpack(theta, inr.widths), []
+    inputs = [features.mT if features.dim() == 2 else features.mT[:, None]]  # [E, N] or [B, 1, E, N]
+    for weight, bias in layers[:-1]:
+        before.append(weight @ inputs[-1] + bias[..., None])  # [B, K, H, N]
+        inputs.append(_activate(before[-1], inr))
+    return layers, inputs, before, layers[-1][0] @ inputs[-1] + layers[-1][1][..., None]
+
+
+def _backward_layers(
+    layers: _Layers, inputs: list[Tensor], before: list[Tensor], grad: Tensor, grads: _Layers, inr: Inr
+) -> None:
+    """Write the gradients of weights and biases to `grads`, from that of the outputs [B, K, C, N]."""
+    for i in reversed(range(len(layers))):
+        grads[i][0].copy_(grad @ inputs[i].mT)
+        grads[i][1].copy_(grad.sum(-1))
+        if i > 0:
+            grad = _activate_backward(layers[i][0].mT @ grad, before[i - 1], inr)
+
+
+@torch.library.impl("vamoh::inr_mixture", "CompositeExplicitAutograd")
+def _run_outputs(
+    theta: Tensor,
+    features: Tensor,
+    mirror: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+    slope: float,
+    omega: float,
+    backend: str | None,
+) -> Tensor:
+    inr = Inr(tuple(widths), activation, slope, omega)
+    if resolve("inr_mixture", theta.device, theta.dtype, backend) == "reference":
+        return inr_mixture_reference(theta, features, inr).contiguous()
+    call = _NativeCall(theta, features, mirror, inr)
+    outputs = theta.new_empty(*theta.shape[:2], features.shape[-2], widths[-1])
+    native().inr_mixture(call.mixture, outputs=outputs.data_ptr(), **call.machine)
+    return outputs
+
+
+@torch.library.impl("vamoh::inr_mixture_backward", "CompositeExplicitAutograd")
+def _run_outputs_backward(
+    grad_outputs: Tensor,
+    theta: Tensor,
+    features: Tensor,
+    mirror: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+    slope: float,
+    omega: float,
+    backend: str | None,
+) -> Tensor:
+    inr = Inr(tuple(widths), activation, slope, omega)
+    if resolve("inr_mixture", theta.device, theta.dtype, backend) == "reference":
+        grad_theta = torch.empty_like(theta)
+        layers, inputs, before, _ = _forward(theta, features, inr)
+        _backward_layers(layers, inputs, before, grad_outputs.mT, unpack(grad_theta, widths), inr)
+        return grad_theta
+    call = _NativeCall(theta, features, mirror, inr)
+    grad_outputs, grad_theta = grad_outputs.contiguous(), torch.empty_like(call.theta)
+    native().inr_mixture_backward(
+        call.mixture, grad_outputs=grad_outputs.data_ptr(), grad_theta=grad_theta.data_ptr(), **call.machine
+    )
+    return _like(grad_theta, theta)
+
+
+@torch.library.impl("vamoh::inr_mixture_log_likelihood", "CompositeExplicitAutograd")
+def _run_log_likelihood(
     theta: Tensor,
     features: Tensor,
     values: Tensor,
-    weights: Tensor,
     scale: Tensor,
+    mirror: Tensor | None,
     widths: Sequence[int],
     activation: str,
     slope: float,
@@ -196,25 +374,164 @@ def inr_mixture_expected_log_likelihood_reference(
     half_bin: float,
     epsilon: float,
     open_ends: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Plain torch, a few functions at a time: value, log-likelihoods, gradients to θ [B, K, P] and scale [B, K, C]."""
-    resolve("inr_mixture_expected_log_likelihood", theta.device, theta.dtype, backend)
+    backend: str | None,
+) -> Tensor:
     inr = Inr(tuple(widths), activation, slope, omega)
     kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
+    if resolve("inr_mixture_log_likelihood", theta.device, theta.dtype, backend) == "reference":
+        logits = inr_mixture_reference(theta, features, inr)
+        return log_likelihood(kind, logits, values[:, None], scale[:, None]).sum(-1)
+    call = _NativeCall(theta, features, mirror, inr)
+    values, scale = values.contiguous(), scale.contiguous()
+    log_p = theta.new_empty(*theta.shape[:2], values.shape[1])
+    native().inr_mixture_log_likelihood(
+        call.mixture,
+        _native_likelihood(kind, scale),
+        values=values.data_ptr(),
+        log_p=log_p.data_ptr(),
+        **call.machine,
+    )
+    return log_p
+
+
+@torch.library.impl("vamoh::inr_mixture_mean", "CompositeExplicitAutograd")
+def _run_mean(
+    theta: Tensor,
+    features: Tensor,
+    log_pi: Tensor,
+    mirror: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+    slope: float,
+    omega: float,
+    likelihood: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    inr, kind = Inr(tuple(widths), activation, slope, omega), Likelihood(likelihood)
+    if resolve("inr_mixture_mean", theta.device, theta.dtype, backend) == "reference":
+        return inr_mixture_mean_reference(theta, features, log_pi, inr, kind)
+    call = _NativeCall(theta, features, mirror, inr)
+    log_pi = log_pi.contiguous()
+    means = theta.new_empty(theta.shape[0], features.shape[-2], widths[-1])
+    means_map = torch.empty_like(means)
+    native().inr_mixture_mean(
+        call.mixture,
+        _native_likelihood(kind, None),
+        log_pi=log_pi.data_ptr(),
+        uniform=log_pi.shape[2] == 1,
+        mean=means.data_ptr(),
+        mean_map=means_map.data_ptr(),
+        **call.machine,
+    )
+    return means, means_map
+
+
+@torch.library.impl("vamoh::inr_mixture_expected_log_likelihood", "CompositeExplicitAutograd")
+def _run_expected(
+    theta: Tensor,
+    features: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    mirror: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+    slope: float,
+    omega: float,
+    likelihood: str,
+    half_bin: float,
+    epsilon: float,
+    open_ends: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inr = Inr(tuple(widths), activation, slope, omega)
+    kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
+    if resolve("inr_mixture_expected_log_likelihood", theta.device, theta.dtype, backend) == "reference":
+        return inr_mixture_expected_log_likelihood_reference(theta, features, values, weights, scale, inr, kind)
+    call = _NativeCall(theta, features, mirror, inr)
+    values, weights, scale = values.contiguous(), weights.contiguous(), scale.contiguous()
+    value = theta.new_empty(theta.shape[0])
+    log_p = torch.empty_like(weights)
+    grad_theta = torch.empty_like(call.theta)
+    grad_scale = theta.new_empty(*theta.shape[:2], widths[-1])
+    native().inr_mixture_expected_log_likelihood(
+        call.mixture,
+        _native_likelihood(kind, scale),
+        values=values.data_ptr(),
+        weights=weights.data_ptr(),
+        value=value.data_ptr(),
+        log_p=log_p.data_ptr(),
+        grad_theta=grad_theta.data_ptr(),
+        grad_scale=grad_scale.data_ptr(),
+        **call.machine,
+    )
+    return value, log_p, _like(grad_theta, theta), grad_scale
+
+
+class _NativeCall:
+    """Arguments every native function of this file takes; holds the tensors whose addresses they are."""
+
+    def __init__(self, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> None:
+        dense = theta.is_contiguous() or theta.transpose(0, 1).is_contiguous()
+        self.theta = theta if dense else theta.contiguous()
+        self.features, step = (features.contiguous(), 0) if features.dim() == 2 else items(features)
+        count = features.shape[-2]
+        if mirror is not None:
+            self.mirror = mirror.contiguous()
+            partner = mirror.clamp(min=0)
+            paired = mirror >= 0
+            if (mirror >= count).any() or (mirror[partner.clamp(max=count - 1)] != torch.arange(count))[paired].any():
+                raise ValueError("inr_mixture: mirror must hold -1 or pairs, mirror[mirror[n]] = n, of the N points")
+        self.mixture = native().InrMixture(
+            theta=self.theta.data_ptr(),
+            theta_batch_step=self.theta.stride(0),
+            theta_component_step=self.theta.stride(1),
+            features=self.features.data_ptr(),
+            features_step=step,
+            mirror=0 if mirror is None else self.mirror.data_ptr(),
+            widths=list(inr.widths),
+            batch=theta.shape[0],
+            components=theta.shape[1],
+            points=count,
+            sine=inr.activation == "sine",
+            slope=_slope(inr),
+            omega=inr.omega,
+        )
+        self.machine = {"threads": torch.get_num_threads(), "isa": native_isa()}
+
+
+def _native_likelihood(likelihood: Likelihood, scale: Tensor | None) -> Any:
+    return native().PointLikelihood(**likelihood._asdict(), scale=0 if scale is None else scale.data_ptr())
+
+
+def _like(result: Tensor, theta: Tensor) -> Tensor:
+    """`result` with the strides that the op promises: those of `empty_like(theta)`."""
+    promised = torch.empty_like(theta) if not theta.is_contiguous() else result
+    return result if promised.stride() == result.stride() else promised.copy_(result)
+
+
+def inr_mixture_mean_reference(
+    theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood
+) -> tuple[Tensor, Tensor]:
+    """Plain torch: mean of the mixture and of its most probable component [B, N, C]."""
+    means = mean(likelihood, inr_mixture_reference(theta, features, inr))  # [B, K, N, C]
+    best = log_pi.argmax(1)[:, None, :, None].expand(-1, 1, means.shape[2], means.shape[3])
+    return (log_pi.exp()[..., None] * means).sum(1), means.gather(1, best)[:, 0]
+
+
+def inr_mixture_expected_log_likelihood_reference(
+    theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, inr: Inr, kind: Likelihood
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Plain torch, a few functions at a time: value, log-likelihoods, gradients to θ [B, K, P] and scale [B, K, C]."""
+    widths = inr.widths
     batch, components, _ = theta.shape
     count, channels = values.shape[1:]
     log_p = theta.new_empty(batch, components, count)
-    grad_theta = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+    grad_theta = torch.empty_like(theta)
     grad_scale = theta.new_zeros(batch, components, channels)
     for part in _chunks(batch, components * count * sum(widths[1:])):
-        shared = features.dim() == 2
-        first = features.mT if shared else features[part].mT[:, None]
-        layers, inputs, before = unpack(theta[part], widths), [first], []
-        for weight, bias in layers[:-1]:
-            before.append((weight @ inputs[-1]).add_(bias[..., None]))
-            inputs.append(_activate(before[-1], inr))
-        logits = layers[-1][0] @ inputs[-1] + layers[-1][1][..., None]  # [b, K, C, N]
+        here = features if features.dim() == 2 else features[part]
+        layers, inputs, before, logits = _forward(theta[part], here, inr)
         log_p_c, by_logit, by_scale = log_likelihood_with_derivatives(
             kind, logits, values[part].mT[:, None], scale[..., None]
         )
@@ -222,13 +539,7 @@ def inr_mixture_expected_log_likelihood_reference(
         q = weights[part][:, :, None]
         if by_scale is not None:
             grad_scale[part] = (q * by_scale).sum(-1)
-        grads = unpack(grad_theta[part], widths)
-        d = q * by_logit
-        for i in reversed(range(len(layers))):
-            grads[i][0].copy_(d @ inputs[i].mT)
-            grads[i][1].copy_(d.sum(-1))
-            if i > 0:
-                d = _activate_backward(layers[i][0].mT @ d, before[i - 1], inr)
+        _backward_layers(layers, inputs, before, q * by_logit, unpack(grad_theta[part], widths), inr)
     return (weights * log_p).sum((1, 2)), log_p, grad_theta, grad_scale
 
 
@@ -254,5 +565,11 @@ def _chunks(batch: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + step, batch)) for i in range(0, batch, step))
 
 
-for _op in ("inr_mixture", "inr_mixture_log_likelihood", "inr_mixture_expected_log_likelihood"):
+for _op in (
+    "inr_mixture",
+    "inr_mixture_log_likelihood",
+    "inr_mixture_expected_log_likelihood",
+    "inr_mixture_mean",
+):
+    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
     register(_op, "reference")
