@@ -10,7 +10,7 @@ from vamoh import generator
 from vamoh.generator import Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
 from vamoh.layout import packed_size
 from vamoh.likelihood import Likelihood
-from vamoh.ops import inr_mixture
+from vamoh.ops import inr_mixture, inr_mixture_mean
 from vamoh.ops.inr_mixture import Inr
 from vamoh.ops.likelihood import log_likelihood
 
@@ -78,46 +78,82 @@ def test_marginal_log_likelihood(inputs, masked, proper):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", ["logistic", "continuous_bernoulli"])
 def test_decode_in_chunks(inputs, monkeypatch, kind, shared):
-    likelihood, coords = Likelihood(kind, K, 2), torch.linspace(-1, 1, 2 * 11 * 3).double().reshape(2, 11, 3)
-    coords = coords[0] if shared else coords
+    likelihood, features = Likelihood(kind, K, 2), torch.linspace(-1, 1, 2 * 11 * 3).double().reshape(2, 11, 3).sin()
+    features = features[0] if shared else features
     sizes: list[int] = []
 
-    def encode(x: Tensor) -> Tensor:
-        sizes.append(x.shape[-2])
-        return x.sin()
+    def encode(index: Tensor) -> Tensor:
+        sizes.append(len(index))
+        return features[..., index, :]
 
     table = torch.randn(B, K, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(1)
 
     def run(log_pi: Any) -> Reconstruction:
         sizes.clear()
-        return decode(inputs["theta"], coords, encode, log_pi, INR, likelihood)
+        return decode(inputs["theta"], 11, encode, log_pi, INR, likelihood, shared=shared)
 
-    whole = run(lambda features, part: table[..., part])
+    whole = run(lambda features, index: table[..., index])
     assert sizes == [11]
-    means = likelihood.mean(inr_mixture(inputs["theta"], coords.sin(), INR))
+    means = likelihood.mean(inr_mixture(inputs["theta"], features, INR))
     torch.testing.assert_close(whole.pi, table.exp().transpose(1, 2))
     torch.testing.assert_close(whole.mean, torch.einsum("bkm,bkmc->bmc", table.exp(), means))
     for b in range(B):
         for m in range(11):
-            assert torch.equal(whole.mean_map[b, m], means[b, int(table[b, :, m].argmax()), m])
-    for limit, largest in ((1, 1), (B * K * 5 * 4, 4)):
+            torch.testing.assert_close(whole.mean_map[b, m], means[b, int(table[b, :, m].argmax()), m])
+    per_point = (1 if shared else B) * 3 + B * (K + generator._GATING)
+    for limit, largest in ((1, 1), (4 * per_point, 4)):
         monkeypatch.setattr(generator, "_CHUNK", limit)
-        parts = run(lambda features, part: table[..., part])
+        parts = run(lambda features, index: table[..., index])
         assert max(sizes) == largest and sum(sizes) == 11
         for a, b in zip(vars(parts).values(), vars(whole).values(), strict=True):
             torch.testing.assert_close(a, b)
-        constant = run(lambda features, part: table[..., :1])
-        repeated = run(lambda features, part: table[..., :1].expand(-1, -1, part.stop - part.start))
+        constant = run(lambda features, index: table[..., :1])
+        repeated = run(lambda features, index: table[..., :1].expand(-1, -1, len(index)))
         for a, b in zip(vars(constant).values(), vars(repeated).values(), strict=True):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("chunk", [1 << 22, 1500, 700, 1])
+def test_decode_keeps_opposite_points_together(inputs, monkeypatch, chunk):
+    """Points 1-5, 2-9 and 3-8 lie opposite to each other, 4 to itself."""
+    mirror = torch.tensor([-1, 5, 9, 8, 4, 1, -1, -1, 3, 2, -1])
+    features = torch.randn(11, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def spy(theta: Tensor, features: Tensor, log_pi: Tensor, *_: Any, mirror: Tensor | None) -> tuple[Tensor, Tensor]:
+        if mirror is not None:
+            seen[-1][1].extend(mirror.tolist())
+        return inr_mixture_mean(theta, features, log_pi, *_)
+
+    def encode(index: Tensor) -> Tensor:
+        seen.append((index.tolist(), []))
+        return features[index]
+
+    monkeypatch.setattr(generator, "inr_mixture_mean", spy)
+    monkeypatch.setattr(generator, "_CHUNK", chunk)
+
+    def log_pi(features: Tensor, index: Tensor) -> Tensor:
+        return inputs["log"][..., :1]
+
+    result = decode(inputs["theta"], 11, encode, log_pi, INR, Likelihood("bernoulli", K, 2), mirror=mirror)
+    assert sorted(i for index, _ in seen for i in index) == list(range(11))
+    for index, opposite in seen:
+        for here, there in enumerate(opposite):
+            assert int(mirror[index[here]]) == (index[there] if there >= 0 else -1)
+    assert chunk == 1 or all(len(opposite) == len(index) for index, opposite in seen)
+    monkeypatch.setattr(generator, "_CHUNK", 1 << 22)
+    plain = decode(inputs["theta"], 11, lambda i: features[i], log_pi, INR, Likelihood("bernoulli", K, 2))
+    for a, b in zip(vars(result).values(), vars(plain).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_points(inputs):
+    features = torch.zeros(0, 3).double()
     result = decode(
         inputs["theta"],
-        torch.zeros(0, 3).double(),
-        torch.sin,
-        lambda f, p: inputs["log"][..., :1],
+        0,
+        lambda index: features,
+        lambda f, i: inputs["log"][..., :1],
         INR,
         Likelihood("logistic", K, 2),
     )
@@ -134,23 +170,15 @@ def test_maps():
     assert result.entropy[0, 2] == 0
 
 
-def test_the_chunk_limits_what_the_networks_see(inputs, monkeypatch):
-    """The number of hidden values of one call stays below the limit, for any number of points."""
-    seen: list[int] = []
-
-    def spy(theta: Tensor, features: Tensor, inr: Inr) -> Tensor:
-        seen.append(theta.shape[0] * theta.shape[1] * features.shape[-2] * max(inr.widths[1:]))
-        return inr_mixture(theta, features, inr)
-
-    monkeypatch.setattr(generator, "inr_mixture", spy)
-    monkeypatch.setattr(generator, "_CHUNK", 1000)
-    for count in (10, 500):
+def test_progress_is_shown_on_demand(inputs, capsys):
+    for progress in (False, True):
         decode(
             inputs["theta"],
-            torch.zeros(count, 3).double(),
-            torch.sin,
-            lambda f, p: inputs["log"][..., :1],
+            4,
+            lambda index: inputs["features"][index],
+            lambda f, i: inputs["log"][..., :1],
             INR,
             Likelihood("bernoulli", K, 2),
+            progress=progress,
         )
-    assert max(seen) <= 1000 and sum(seen) == 510 * B * K * 5
+        assert ("decode: 100%" in capsys.readouterr().err) == progress

@@ -16,7 +16,7 @@ from vamoh.encoder import Neighborhood
 from vamoh.gating import uniform
 from vamoh.latent import NormalPrior
 from vamoh.model import Noise
-from vamoh.ops import inr_mixture
+from vamoh.ops import inr_mixture, inr_mixture_mean
 from vamoh.ops.likelihood import log_likelihood
 
 TINY: dict[str, Any] = {
@@ -509,8 +509,8 @@ def test_decoding_in_chunks(monkeypatch, per_item):
     calls: list[int] = []
     monkeypatch.setattr(
         generator,
-        "inr_mixture",
-        lambda t, f, i: (calls.append(t.shape[:2].numel() * f.shape[-2] * 6), inr_mixture(t, f, i))[1],
+        "inr_mixture_mean",
+        lambda t, f, *rest, **mirror: (calls.append(f.shape[-2]), inr_mixture_mean(t, f, *rest, **mirror))[1],
     )
 
     def run() -> list[Tensor]:
@@ -520,10 +520,11 @@ def test_decoding_in_chunks(monkeypatch, per_item):
 
     whole = run()
     assert len(calls) == 3
-    monkeypatch.setattr(generator, "_CHUNK", 2 * 3 * 6 * 7)
+    per_point = (2 if per_item else 1) * model.encoding.out_dim + 2 * (3 + generator._GATING)
+    monkeypatch.setattr(generator, "_CHUNK", 7 * per_point)
     for x, y in zip(run(), whole, strict=True):
         torch.testing.assert_close(x, y)
-    assert len(calls) == 3 * 5 and max(calls) <= 2 * 3 * 6 * 7
+    assert len(calls) >= 3 * 4 and max(calls) <= 7 * (2 if per_item else 1) and sum(calls) == 3 * 30
 
 
 def test_samples():

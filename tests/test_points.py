@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vamoh.points import PointSet, grid_coords, grid_shape, sphere_coords, sphere_grid, sphere_grid_shape, to_grid
+from vamoh.points import (
+    PointSet,
+    antipodes,
+    grid_coords,
+    grid_shape,
+    sphere_coords,
+    sphere_grid,
+    sphere_grid_shape,
+    to_grid,
+)
 
 
 def points(b: int = 3, n: int = 5, d: int = 2, c: int = 2, *, shared: bool = True, mask: object = None) -> PointSet:
@@ -211,3 +220,46 @@ def test_sphere():
 def test_a_finer_sphere_keeps_the_rows_and_columns(scale):
     fine = sphere_grid((5, 6), scale=scale, dtype=torch.float64).reshape(*sphere_grid_shape((5, 6), scale), 3)
     torch.testing.assert_close(fine[::scale, ::scale].reshape(-1, 3), sphere_grid((5, 6), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "coords",
+    [
+        grid_coords((4, 4)),
+        grid_coords((5, 7)),
+        grid_coords((3, 4, 5)),
+        sphere_grid((5, 8)),
+        sphere_grid((46, 90)),
+        torch.zeros(1, 2),
+        torch.zeros(0, 2),
+    ],
+    ids=lambda c: str(tuple(c.shape)),
+)
+def test_antipodes_of_symmetric_points(coords):
+    coords = coords - (coords.amin(0) + coords.amax(0)) / 2 if coords.shape[1] == 3 and len(coords) == 60 else coords
+    shuffled = coords[torch.randperm(len(coords), generator=torch.Generator().manual_seed(0))]
+    for x in (coords, shuffled):
+        mirror = antipodes(x)
+        if len(coords) == 35:  # taller than wide: the columns are not centred
+            assert mirror is None
+            continue
+        assert mirror is not None
+        paired = mirror >= 0
+        assert paired.double().mean() >= 7 / 8 or not len(x)
+        assert torch.equal(mirror[mirror[paired]], torch.arange(len(x))[paired])
+        assert (x[mirror[paired]] + x[paired]).abs().max() <= 3e-7 if len(x) else True
+
+
+def test_antipodes_of_points_that_have_few():
+    g = torch.Generator().manual_seed(0)
+    cloud = torch.randn(50, 3, generator=g)
+    assert antipodes(cloud) is None
+    most = torch.cat([cloud, -cloud.flip(0), torch.randn(10, 3, generator=g)])
+    mirror = antipodes(most)
+    assert mirror is not None and mirror.tolist() == [*range(99, -1, -1), *[-1] * 10]
+
+
+def test_antipodes_of_repeated_points():
+    coords = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, -2.0], [0.0, 0.0], [-1.0, -2.0]])
+    mirror = antipodes(coords)
+    assert mirror is not None and mirror.tolist() == [2, 4, 0, 3, 1]

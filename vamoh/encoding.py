@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
+from vamoh.points import antipodes
 
 
 class FourierFeatures(nn.Module):
@@ -26,6 +27,7 @@ class FourierFeatures(nn.Module):
             self.register_buffer("frequencies", matrix)
         self.out_dim = 2 * frequencies if frequencies else coord_dim
         self._cache: ContentCache[Tensor] = ContentCache()
+        self._mirrors: ContentCache[Tensor | None] = ContentCache()
 
     def forward(self, coords: Tensor) -> Tensor:
         """Encode coords [..., D] of the frequencies' dtype as [..., E]; differentiable."""
@@ -40,3 +42,13 @@ class FourierFeatures(nn.Module):
         if raw or torch.compiler.is_compiling() or coords.requires_grad or self.frequencies.requires_grad:
             return self(coords)  # type: ignore[no-any-return]
         return self._cache.get((coords, self.frequencies), lambda: self(coords))
+
+    def mirror(self, coords: Tensor) -> Tensor | None:
+        """`antipodes` of coords [N, D], remembered: the cosines of opposite points are equal, the sines opposite.
+
+        None where that saves nothing: raw coordinates, coordinates of their own for every function, few opposites; and
+        while compiling, as it depends on the values.
+        """
+        if not len(self.frequencies) or coords.dim() != 2 or torch.compiler.is_compiling():
+            return None
+        return self._mirrors.get((coords,), lambda: antipodes(coords.detach()))

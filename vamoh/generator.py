@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vamoh.likelihood import Likelihood
 from vamoh.ops.inr_mixture import (
     Inr,
-    inr_mixture,
     inr_mixture_expected_log_likelihood,
     inr_mixture_log_likelihood,
+    inr_mixture_mean,
 )
 
 _CHUNK = 1 << 22
-"""Most hidden values [B, K, m, H] alive at once while decoding (16 MB in float32)."""
+"""Most values alive at once while decoding (16 MB in float32), besides the results."""
+
+_GATING = 64
+"""Values per function and point that the gating holds at once, about."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +56,12 @@ def expected_log_likelihood(
     mask: Tensor | None,
     inr: Inr,
     likelihood: Likelihood,
+    mirror: Tensor | None = None,
 ) -> Tensor:
     """E_q(c) log p(y | x, z, c) [B] in nats, summed over observed points; log_q [B, K, N]."""
     weights = log_q.exp() if mask is None else torch.where(mask[:, None], log_q.exp(), 0)
     return inr_mixture_expected_log_likelihood(
-        theta, features, values, weights.contiguous(), likelihood.scale, inr, likelihood.op
+        theta, features, values, weights.contiguous(), likelihood.scale, inr, likelihood.op, mirror=mirror
     )[0]
 
 
@@ -69,39 +74,68 @@ def marginal_log_likelihood(
     inr: Inr,
     likelihood: Likelihood,
     proper: bool,
+    mirror: Tensor | None = None,
 ) -> Tensor:
     """log Σ_c p(c | x, z) p(y | x, z, c) [B] in nats, summed over observed points; log_p [B, K, N] or [B, K, 1]."""
     kind = likelihood.as_pmf() if proper else likelihood.op
-    per_component = inr_mixture_log_likelihood(theta, features, values, likelihood.scale, inr, kind)
+    per_component = inr_mixture_log_likelihood(theta, features, values, likelihood.scale, inr, kind, mirror=mirror)
     per_point = (per_component + log_p).logsumexp(1)
     return per_point.sum(-1) if mask is None else torch.where(mask, per_point, 0).sum(-1)
 
 
 def decode(
     theta: Tensor,
-    coords: Tensor,
+    count: int,
     encode: Callable[[Tensor], Tensor],
-    log_pi: Callable[[Tensor, slice], Tensor],
+    log_pi: Callable[[Tensor, Tensor], Tensor],
     inr: Inr,
     likelihood: Likelihood,
+    *,
+    shared: bool = True,
+    mirror: Tensor | None = None,
+    progress: bool = False,
 ) -> Reconstruction:
-    """Mixed means at coords [M, D] or [B, M, D], a bounded number of points at a time.
+    """Mixed means at M = count points, a bounded number at a time.
 
-    encode maps coordinates to features; log_pi maps (features, which points) to log-probabilities [B, K, m].
+    encode maps indices [m] of points to their features, [m, E] if shared by the batch, else [B, m, E]; log_pi maps
+    (features, indices) to log-probabilities [B, K, m] or [B, K, 1]. mirror [M]: opposite points, which are decoded
+    together. progress shows a bar on standard error.
     """
     batch, components, _ = theta.shape
-    total, channels = coords.shape[-2], inr.widths[-1]
-    mean = theta.new_empty(batch, total, channels)
-    mean_map = theta.new_empty(batch, total, channels)
-    pi = theta.new_empty(batch, total, components)
-    step = max(1, _CHUNK // max(1, batch * components * max(inr.widths[1:])))
-    for start in range(0, total, step):
-        part = slice(start, min(start + step, total))
-        features = encode(coords[..., part, :])
-        probability = log_pi(features, part).exp().expand(-1, -1, part.stop - start)  # [B, K, m]
-        means = likelihood.mean(inr_mixture(theta, features, inr))  # [B, K, m, C]
-        mean[:, part] = (probability[..., None] * means).sum(1)
-        best = probability.argmax(1)[:, None, :, None].expand(-1, 1, -1, channels)
-        mean_map[:, part] = means.gather(1, best)[:, 0]
-        pi[:, part] = probability.mT
+    mean = theta.new_empty(batch, count, inr.widths[-1])
+    mean_map = torch.empty_like(mean)
+    pi = theta.new_empty(batch, count, components)
+    step = max(1, _CHUNK // ((1 if shared else batch) * inr.widths[0] + batch * (components + _GATING)))
+    with tqdm(total=count, desc="decode", unit="points", unit_scale=True, disable=not progress) as bar:
+        for index, opposite in _parts(count, step, mirror, theta.device):
+            features = encode(index)
+            log_p = log_pi(features, index)
+            mean[:, index], mean_map[:, index] = inr_mixture_mean(
+                theta, features, log_p, inr, likelihood.op, mirror=opposite
+            )
+            pi[:, index] = log_p.exp().mT
+            bar.update(len(index))
     return Reconstruction(mean, mean_map, pi)
+
+
+def _parts(
+    total: int, step: int, mirror: Tensor | None, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Point indices, at most `step` at a time, and the mirror among them; opposite points stay together."""
+    index = torch.arange(total, device=device)
+    if total <= step:
+        yield index, mirror
+        return
+    if mirror is None or step == 1:
+        yield from ((part, None) for part in index.split(step))
+        return
+    leading = index[(mirror < 0) | (mirror >= index)]
+    for part in leading.split(step // 2):
+        partner = mirror[part]
+        paired = (partner != part) & (partner >= 0)
+        both = torch.cat([part, partner[paired]])
+        here, there = paired.nonzero()[:, 0], torch.arange(len(part), len(both), device=device)
+        opposite = torch.where(partner == part, torch.arange(len(part), device=device), -1)
+        opposite = torch.cat([opposite, here])
+        opposite[here] = there
+        yield both, opposite

@@ -23,6 +23,9 @@ from vamoh.points import PointSet
 
 Neighborhoods = tuple[Neighborhood, ...]
 
+_REMEMBERED = 1 << 23
+"""Most encoded values of a grid to remember (32 MB in float32)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Noise:
@@ -207,7 +210,14 @@ class VaMoH(nn.Module):
         z = posterior.sample(noise.z)
         log_q = self.gating_posterior(features, z, points.values)
         log_likelihood = expected_log_likelihood(
-            self.hypernet(z), features, points.values, log_q, points.mask, self.inr, self.likelihood
+            self.hypernet(z),
+            features,
+            points.values,
+            log_q,
+            points.mask,
+            self.inr,
+            self.likelihood,
+            self.encoding.mirror(points.coords),
         )
         kl_c = kl_categorical(log_q, self._log_prior_c(features, z), points.mask)
         estimate = kl_exact if self.kl == "exact" else kl_cross_entropy
@@ -246,6 +256,7 @@ class VaMoH(nn.Module):
                 self.inr,
                 self.likelihood,
                 proper,
+                self.encoding.mirror(points.coords),
             )
             log_weights.append(log_likelihood + self._prior_z.log_prob(z) - posterior.log_prob(z))
         return importance_bound(torch.stack(log_weights))
@@ -259,6 +270,7 @@ class VaMoH(nn.Module):
         z: Tensor | None = None,
         posterior_at: Tensor | None = None,
         neighborhoods: Neighborhoods | None = None,
+        progress: bool = False,
     ) -> Reconstruction:
         """Encode the observed points, decode anywhere: reconstruction, completion, super-resolution.
 
@@ -266,6 +278,7 @@ class VaMoH(nn.Module):
         z: [B, Z], default the posterior mean.
         posterior_at: [N] int64, the position in `coords` of every given point; there, where a point is observed, the
         posterior over components replaces the prior. Default: every point, if `coords` is not given, else none.
+        progress: show a bar on standard error, for fine grids.
         """
         where = "reconstruct"
         self._check_points(points)
@@ -278,24 +291,27 @@ class VaMoH(nn.Module):
         else:
             check_tensor(where, "z", z, [points.batch, self.latent_dim], like=points.values)
         if posterior_at is None:
-            return self._decode(z, coords)
+            return self._decode(z, coords, progress)
         check_tensor(where, "posterior_at", posterior_at, [points.count], dtypes=[torch.int64])
         if posterior_at.numel() and (posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]):
             raise ValueError(f"{where}: posterior_at must index the {coords.shape[-2]} coords")
-        known = self.gating_posterior(self.encoding(points.coords), z, points.values)
+        known = self.gating_posterior(self.encoding.cached(points.coords), z, points.values)
         observed = (
             torch.ones(points.batch, points.count, dtype=torch.bool, device=z.device)
             if points.mask is None
             else points.mask.expand(points.batch, -1)
         )
-        return self._decode(z, coords, (known, observed, posterior_at))
+        return self._decode(z, coords, progress, (known, observed, posterior_at))
 
     @torch.no_grad()
-    def decode(self, z: Tensor, coords: Tensor) -> Reconstruction:
-        """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components."""
+    def decode(self, z: Tensor, coords: Tensor, *, progress: bool = False) -> Reconstruction:
+        """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components.
+
+        Memory besides the result does not grow with M. progress shows a bar on standard error.
+        """
         check_tensor("decode", "z", z, ["B", self.latent_dim], like=self.encoder.head.weight)
         self._check_coords("decode", coords, z.shape[0])
-        return self._decode(z, coords)
+        return self._decode(z, coords, progress)
 
     @torch.no_grad()
     def sample(self, count: int, coords: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
@@ -341,25 +357,55 @@ class VaMoH(nn.Module):
         return Posterior.from_logits(self.encoder(points.values, encoded, neighborhoods)), features
 
     def _decode(
-        self, z: Tensor, coords: Tensor, posterior: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        z: Tensor,
+        coords: Tensor,
+        progress: bool,
+        posterior: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Reconstruction:
         """Decode with the prior over components, or the posterior where `posterior` has an observed point.
 
         posterior: log-probabilities [B, K, N], observed [B, N], positions [N] in coords.
         """
 
-        def log_pi(features: Tensor, part: slice) -> Tensor:
+        given = None
+        if posterior is not None:
+            given = torch.full((coords.shape[-2],), -1, device=z.device)  # which point each coordinate is, -1: none
+            given[posterior[2]] = torch.arange(len(posterior[2]), device=z.device)
+
+        def log_pi(features: Tensor, index: Tensor) -> Tensor:
             log_p = self._log_prior_c(features, z)
-            if posterior is None:
+            if posterior is None or given is None:
                 return log_p
-            known, observed, at = posterior
-            here = ((at >= part.start) & (at < part.stop)).nonzero()[:, 0]
-            log_p = log_p.expand(-1, -1, part.stop - part.start).clone()
-            position = at[here] - part.start
+            known, observed, _ = posterior
+            here = given[index]
+            position = (here >= 0).nonzero()[:, 0]
+            here = here[position]
+            log_p = log_p.expand(-1, -1, len(index)).clone()
             log_p[:, :, position] = torch.where(observed[:, None, here], known[:, :, here], log_p[:, :, position])
             return log_p
 
-        return decode(self.hypernet(z), coords, self.encoding, log_pi, self.inr, self.likelihood)
+        # features of a grid that is not too large are remembered: it comes again
+        whole = (
+            self.encoding.cached(coords) if coords.shape[:-1].numel() * self.encoding.out_dim <= _REMEMBERED else None
+        )
+
+        def encode(index: Tensor) -> Tensor:
+            if whole is None:
+                return self.encoding(coords[..., index, :])  # type: ignore[no-any-return]
+            return whole if len(index) == coords.shape[-2] else whole[..., index, :]
+
+        return decode(
+            self.hypernet(z),
+            coords.shape[-2],
+            encode,
+            log_pi,
+            self.inr,
+            self.likelihood,
+            shared=coords.dim() == 2,
+            mirror=self.encoding.mirror(coords),
+            progress=progress,
+        )
 
     def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         like = self.encoder.head.weight

@@ -169,6 +169,33 @@ class PointSet:
         )
 
 
+def antipodes(coords: Tensor) -> Tensor | None:
+    """Which point lies opposite to each, -x to x: index int64 [N], -1 where none does, or None if few do.
+
+    coords [N, D]. Opposite is what rounding to float32 leaves of it; a point at the origin is opposite to itself.
+    Symmetric grids let the coordinate networks be computed for half of the points.
+    """
+    count = coords.shape[0]
+    index = torch.arange(count, device=coords.device)
+    largest = coords.abs().max() if coords.numel() else coords.new_zeros(())
+    tolerance = largest * 2**-22
+    if (coords + coords.flip(0)).abs().le(tolerance).all():  # the usual grid, in row-major order
+        return index.flip(0)
+    cells = torch.round(coords / largest * 2**14).long()
+    key = coords.new_zeros(count, dtype=torch.int64)
+    for column in cells.unbind(-1):  # odd in x, so that -x has the negative key; wraps around
+        key = key * 0x9E3779B1 + column
+    order = key.argsort(stable=True)
+    sorted_key = key[order]
+    first, end = torch.searchsorted(sorted_key, -key), torch.searchsorted(sorted_key, -key, right=True)
+    rank = torch.empty_like(index)
+    rank[order] = index - torch.searchsorted(sorted_key, sorted_key)
+    partner = order[(first + rank).clamp(max=count - 1)]
+    near = (coords + coords[partner]).abs().le(tolerance).all(-1)
+    mirror = torch.where((first + rank < end) & near, partner, -1)
+    return mirror if int((mirror >= 0).sum()) >= 7 / 8 * count else None
+
+
 def to_grid(values: Tensor, shape: Sequence[int]) -> Tensor:
     """Reorder point values [B, N, C] to a grid [B, C, *shape]; inverse of `PointSet.from_grid`."""
     shape = tuple(shape)

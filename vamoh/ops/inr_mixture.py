@@ -30,7 +30,7 @@ from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likeliho
 ACTIVATIONS = ("leaky_relu", "relu", "sine")
 
 _CHUNK = 1 << 20
-"""Most hidden values [b, K, N, H] alive at once in the one-pass reference: about a level-3 cache."""
+"""Most hidden values [b, K, N, H] alive at once in the references: about a level-3 cache."""
 
 
 class Inr(NamedTuple):
@@ -514,9 +514,18 @@ def inr_mixture_mean_reference(
     theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood
 ) -> tuple[Tensor, Tensor]:
     """Plain torch: mean of the mixture and of its most probable component [B, N, C]."""
-    means = mean(likelihood, inr_mixture_reference(theta, features, inr))  # [B, K, N, C]
-    best = log_pi.argmax(1)[:, None, :, None].expand(-1, 1, means.shape[2], means.shape[3])
-    return (log_pi.exp()[..., None] * means).sum(1), means.gather(1, best)[:, 0]
+    batch, components, _ = theta.shape
+    count, channels = features.shape[-2], inr.widths[-1]
+    mixed = theta.new_empty(batch, count, channels)
+    mean_map = torch.empty_like(mixed)
+    log_pi = log_pi.expand(-1, -1, count)
+    for part in _chunks(count, batch * components * max(inr.widths[1:])):
+        means = mean(likelihood, inr_mixture_reference(theta, features[..., part, :], inr))  # [B, K, n, C]
+        here = log_pi[..., part]
+        best = here.argmax(1)[:, None, :, None].expand(-1, 1, -1, channels)
+        mixed[:, part] = (here.exp()[..., None] * means).sum(1)
+        mean_map[:, part] = means.gather(1, best)[:, 0]
+    return mixed, mean_map
 
 
 def inr_mixture_expected_log_likelihood_reference(
@@ -560,9 +569,10 @@ def _slope(inr: Inr) -> float:
     return inr.slope if inr.activation == "leaky_relu" else 0.0
 
 
-def _chunks(batch: int, size: int) -> Iterator[slice]:
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices of `count` items of `size` hidden values each."""
     step = max(1, _CHUNK // max(size, 1))
-    return (slice(i, min(i + step, batch)) for i in range(0, batch, step))
+    return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
 for _op in (
