@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vamoh.encoding import FourierFeatures
+from vamoh.points import grid_coords
 
 
 def test_formula_and_order():
@@ -69,3 +70,19 @@ def test_cached_keeps_gradients():
     coords.requires_grad_()
     encoding.cached(coords).sum().backward()
     assert coords.grad.any()
+
+
+def test_mirror_of_symmetric_coordinates():
+    coords = grid_coords((6, 6))
+    encoding = FourierFeatures(2, 5, 2.0, learn=False)
+    mirror = encoding.mirror(coords)
+    assert mirror is not None and encoding.mirror(coords.clone()) is mirror  # remembered
+    features = encoding(coords)
+    torch.testing.assert_close(features[mirror], features * torch.tensor([1.0] * 5 + [-1.0] * 5), rtol=0, atol=2e-6)
+
+
+def test_mirror_only_where_it_saves_work():
+    coords = grid_coords((6, 6))
+    assert FourierFeatures(2, 0, 1.0, learn=False).mirror(coords) is None
+    assert FourierFeatures(2, 5, 1.0, learn=False).mirror(coords[:9]) is None
+    assert FourierFeatures(2, 5, 1.0, learn=False).mirror(coords[None]) is None
