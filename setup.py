@@ -42,7 +42,7 @@ def native_extensions() -> list[Pybind11Extension]:
     return [
         Pybind11Extension(
             "vamoh._native",
-            sorted(["csrc/bindings.cpp", *glob("csrc/cpu/*.cpp")]),
+            sorted([*glob("csrc/bindings/*.cpp"), *glob("csrc/cpu/*.cpp")]),
             depends=sorted(["setup.py", *glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inl", recursive=True)]),
             define_macros=[("VAMOH_VERSION", f'"{version}"'), ("VAMOH_FLAGS", '"' + " ".join(FLAGS) + '"')],
             extra_compile_args=FLAGS,

@@ -343,7 +343,7 @@ def native_problems(files: dict[str, str], ops: set[str]) -> list[str]:
 def test_native_sources_keep_the_rules() -> None:
     paths = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".inl")]
     files = {p.relative_to(ROOT / "csrc").as_posix(): p.read_text(encoding="utf-8") for p in paths}
-    assert "bindings.cpp" in files
+    assert "bindings/module.cpp" in files
     problems = native_problems(files, OPS)
     assert not problems, "\n" + "\n".join(problems)
 
@@ -353,7 +353,7 @@ def test_native_sources_keep_the_rules() -> None:
     [
         ({"cpu/knn_cpu.cpp": "", "cuda/knn_cpu.cu": "", "knn.h": ""}, "object files collide"),
         ({"threads.h": "int a;\n// ==== pool\n"}, "threads.h:2: banner"),
-        ({"bindings.cpp": "#include <torch/extension.h>"}, "includes torch"),
+        ({"bindings/knn.cpp": "#include <torch/extension.h>"}, "includes torch"),
         ({"cpu/nearest_cpu.cpp": "", "nearest.h": ""}, "name it after its op"),
         ({"cuda/knn_cuda.cu": ""}, "in csrc/knn.h"),
     ],

@@ -1,0 +1,18 @@
+// What the bindings of all ops share: raw addresses, sizes and a thread count come in; no torch, no checks of user input.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+namespace py = pybind11;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_farthest_point_sample(py::module_& m);
+void bind_inr_mixture(py::module_& m);
+void bind_knn(py::module_& m);

@@ -1,0 +1,17 @@
+// The Python module vamoh._native.
+#include "../isa.h"
+#include "binding.h"
+
+PYBIND11_MODULE(_native, m) {
+  m.attr("version") = VAMOH_VERSION;
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
+  m.attr("flags") = VAMOH_FLAGS;
+  m.def("supported_isas", &vamoh::supported_isas);
+  bind_farthest_point_sample(m);
+  bind_inr_mixture(m);
+  bind_knn(m);
+}
