@@ -59,8 +59,12 @@ template <class Init, class Done>
 inline void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
                     int64_t count, int64_t width, const Init& init, const Done& done) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
+  for (; r + kRows <= rows && (rows - r > kRows + 2 || rows - r == kRows); r += kRows)
     product_rows<kRows>(a + r * a_row, a_row, a_step, b, b_step, count, width, r, init, done);
+  if (rows - r > kRows) {  // 7 as 4 + 3 and 8 as 4 + 4: blocks of one or two rows wait for b
+    product_rows<4>(a + r * a_row, a_row, a_step, b, b_step, count, width, r, init, done);
+    r += 4;
+  }
   a += r * a_row;
   switch (rows - r) {
     case 1: return product_rows<1>(a, a_row, a_step, b, b_step, count, width, r, init, done);
