@@ -1,0 +1,287 @@
+#include "../gating.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "../threads.h"
+#include "memory.h"
+
+namespace {
+
+// A network as the kernels see it. A slot holds what one tile of points needs, in panels: the offsets, in floats, of the
+// values, of every layer's input, of the gradient of every layer's output (grads_at[0]: the first layer's) and of spare
+// rows.
+struct GatingTile {
+  const float* const* weights;
+  const float* const* biases;
+  const float* value_weight;
+  const int64_t* widths;
+  int64_t layers, channels;
+  float slope;
+  bool bounded;
+  const int64_t* inputs_at;
+  const int64_t* grads_at;
+  int64_t values_at, spare_at, slot;
+};
+
+}  // namespace
+
+#define VAMOH_KERNEL "gating_cpu.inl"
+#include "each_isa.inl"
+
+namespace vamoh {
+
+namespace {
+
+constexpr int64_t kTile = portable::kPanel;
+constexpr int64_t kWidestVector = 16;  // floats
+constexpr int64_t kParts = 32;        // of a sum, added up in order; at most so many threads share the work
+constexpr int64_t kCoordsParts = 16;  // the same, for the larger sums of gating_coords_backward
+constexpr int64_t kSlotFloats = 3 << 15;  // of slots filled before their products are taken
+constexpr int64_t kMostSlots = 12;
+constexpr int64_t kKlPoints = 4096;  // of one task
+
+struct Kernel {
+  decltype(&portable::coords_tile) coords;
+  decltype(&portable::coords_weight_tile) coords_weight;
+  decltype(&portable::load_rows) load;
+  decltype(&portable::store_rows) store;
+  decltype(&portable::gating_tile) forward;
+  decltype(&portable::gating_backward_tile) backward;
+  decltype(&portable::gating_parameters) parameters;
+  decltype(&portable::kl_rows) kl;
+  decltype(&portable::kl_grad_rows) kl_grad;
+};
+
+#define VAMOH_TABLE(isa)                                                                                          \
+  Kernel {                                                                                                        \
+    &isa::coords_tile, &isa::coords_weight_tile, &isa::load_rows, &isa::store_rows, &isa::gating_tile,            \
+        &isa::gating_backward_tile, &isa::gating_parameters, &isa::kl_rows, &isa::kl_grad_rows                    \
+  }
+
+Kernel kernel(Isa isa) {
+#if VAMOH_X86
+  if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
+  if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
+#endif
+  (void)isa;
+  return VAMOH_TABLE(portable);
+}
+
+int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The i-th of `parts` nearly equal parts of [0, total).
+Range part_of(int64_t i, int64_t parts, int64_t total) { return {i * total / parts, (i + 1) * total / parts}; }
+
+// Adds up parts [parts, size] in order.
+void add_parts(const float* parts, int64_t count, int64_t size, float* out) {
+  std::fill(out, out + size, 0.0f);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < size; ++j) out[j] += parts[i * size + j];
+}
+
+struct Layout {
+  std::vector<int64_t> inputs_at, grads_at;
+  GatingTile tile;
+  int64_t parameters;
+
+  explicit Layout(const GatingNet& net) {
+    const auto layers = static_cast<int64_t>(net.weights.size());
+    int64_t at = 0;
+    const auto rows = [&](int64_t n) { return std::exchange(at, at + n * kTile); };
+    parameters = net.widths[0] * net.channels;
+    for (int64_t l = 0; l < layers; ++l) {
+      inputs_at.push_back(rows(net.widths[l]));
+      parameters += net.widths[l + 1] * (net.widths[l] + 1);
+    }
+    for (int64_t width : net.widths) grads_at.push_back(rows(width));
+    inputs_at.push_back(0);
+    const int64_t values_at = rows(net.channels), spare_at = rows(std::max(2 * net.widths.back(), net.channels));
+    tile = {net.weights.data(), net.biases.data(), net.value_weight, net.widths.data(), layers, net.channels,
+            net.slope,          net.bounded,       inputs_at.data(), grads_at.data(),   values_at, spare_at, at};
+  }
+  Layout(const Layout&) = delete;
+};
+
+// The work is cut into items: some functions times some tiles of points. Coordinates shared by the functions need their
+// gradient summed over them, so an item then has all functions.
+struct Items {
+  int64_t groups, tile_parts;
+
+  explicit Items(const GatingNet& net) {
+    groups = net.shared ? 1 : std::max<int64_t>(std::min(net.batch, kParts), 1);
+    tile_parts = std::min(tiles_of(net.count), std::max<int64_t>(kParts / groups, 1));
+  }
+  int64_t count() const { return groups * tile_parts; }
+};
+
+}  // namespace
+
+void gating_coords(const float* encoded, const std::vector<const float*>& weights, const std::vector<float*>& parts,
+                   const std::vector<int64_t>& hidden, int64_t batch, int64_t count, int64_t inputs, int threads,
+                   Isa isa) {
+  const Kernel run = kernel(isa);
+  const int64_t tiles = tiles_of(count), rows = std::accumulate(hidden.begin(), hidden.end(), int64_t{0});
+  const int64_t padded = round_up(rows, kWidestVector), scratch = 2 * kTile * padded;
+  const Buffer<float> packed = allocate<float>(inputs * padded);
+  std::fill(packed.get(), packed.get() + inputs * padded, 0.0f);
+  for (size_t i = 0, row = 0; i < weights.size(); ++i)
+    for (int64_t h = 0; h < hidden[i]; ++h, ++row)
+      for (int64_t e = 0; e < inputs; ++e) packed[e * padded + row] = weights[i][h * inputs + e];
+  const Buffer<float> memory = allocate<float>(std::max(threads, 1) * scratch);
+  ThreadPool::get().run(batch * tiles, threads, [&](int64_t task, int worker) {
+    const int64_t b = task / tiles, n = task % tiles * kTile, here = std::min(kTile, count - n);
+    float* panel = memory.get() + worker * scratch;
+    run.coords(encoded + (b * count + n) * inputs, packed.get(), padded, inputs, rows, here, panel,
+               panel + kTile * padded);
+    for (size_t i = 0; i < parts.size(); panel += hidden[i++] * kTile)
+      run.store(panel, hidden[i], here, parts[i] + b * hidden[i] * count + n, count);
+  });
+}
+
+void gating_coords_backward(const float* encoded, const std::vector<const float*>& grads,
+                            const std::vector<float*>& grad_weights, const std::vector<int64_t>& hidden, int64_t batch,
+                            int64_t count, int64_t inputs, int threads, Isa isa) {
+  const Kernel run = kernel(isa);
+  const int64_t tiles = tiles_of(count), total = batch * tiles, parts = std::min(kCoordsParts, total);
+  const int64_t rows = std::accumulate(hidden.begin(), hidden.end(), int64_t{0});
+  const int64_t padded = round_up(inputs, kTile), size = rows * padded;
+  const bool direct = padded == inputs;
+  const int64_t scratch = kTile * (rows + (direct ? 0 : padded));
+  const Buffer<float> memory = allocate<float>(std::max(threads, 1) * scratch);
+  const Buffer<float> sums = allocate<float>((parts + 1) * size);
+  ThreadPool::get().run(parts, threads, [&](int64_t part, int worker) {
+    float *sum = sums.get() + (part + 1) * size, *panel = memory.get() + worker * scratch, *copy = panel + rows * kTile;
+    std::fill(sum, sum + size, 0.0f);
+    const Range range = part_of(part, parts, total);
+    for (int64_t t = range.begin; t < range.end; ++t) {
+      const int64_t b = t / tiles, n = t % tiles * kTile, here = std::min(kTile, count - n);
+      const float* from = encoded + (b * count + n) * inputs;
+      if (!direct) {
+        for (int64_t p = 0; p < here; ++p) {
+          std::copy(from + p * inputs, from + (p + 1) * inputs, copy + p * padded);
+          std::fill(copy + p * padded + inputs, copy + (p + 1) * padded, 0.0f);
+        }
+        from = copy;
+      }
+      float* to = panel;
+      for (size_t i = 0; i < grads.size(); to += hidden[i++] * kTile)
+        run.load(grads[i] + b * hidden[i] * count + n, count, hidden[i], here, to);
+      run.coords_weight(from, panel, padded, rows, here, sum);
+    }
+  });
+  add_parts(sums.get() + size, parts, size, sums.get());
+  const float* row = sums.get();
+  for (size_t i = 0; i < grad_weights.size(); ++i)
+    for (int64_t h = 0; h < hidden[i]; ++h, row += padded) std::copy(row, row + inputs, grad_weights[i] + h * inputs);
+}
+
+void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
+  const Kernel run = kernel(isa);
+  const Layout layout(net);
+  const Items items(net);
+  const int64_t hidden = net.widths[0], components = net.widths.back(), count = net.count;
+  const int64_t scratch = layout.tile.slot + hidden * kTile;
+  const Buffer<float> memory = allocate<float>(std::max(threads, 1) * scratch);
+  ThreadPool::get().run(items.count(), threads, [&](int64_t item, int worker) {
+    float *coords = memory.get() + worker * scratch, *slot = coords + hidden * kTile;
+    const Range functions = part_of(item / items.tile_parts, items.groups, net.batch);
+    const Range tiles = part_of(item % items.tile_parts, items.tile_parts, tiles_of(count));
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const int64_t n = t * kTile, here = std::min(kTile, count - n);
+      if (net.shared) run.load(net.coords + n, count, hidden, here, coords);
+      for (int64_t b = functions.begin; b < functions.end; ++b) {
+        if (!net.shared) run.load(net.coords + b * hidden * count + n, count, hidden, here, coords);
+        run.forward(layout.tile, coords, net.shift + b * hidden, net.values + (b * count + n) * net.channels, here,
+                    log_p + b * components * count + n, count, slot);
+      }
+    }
+  });
+}
+
+void gating_backward(const GatingNet& net, const float* log_p, const float* grad, const GatingGrads& grads, int threads,
+                     Isa isa) {
+  const Kernel run = kernel(isa);
+  const Layout layout(net);
+  const Items items(net);
+  const GatingTile& tile = layout.tile;
+  const int64_t hidden = net.widths[0], components = net.widths.back(), count = net.count;
+  const int64_t slots = std::min(std::max<int64_t>(kSlotFloats / tile.slot, 1), kMostSlots);
+  const int64_t scratch = 2 * hidden * kTile + slots * tile.slot;
+  const Buffer<float> memory = allocate<float>(std::max(threads, 1) * scratch);
+  const Buffer<float> parameters = allocate<float>(items.count() * layout.parameters);
+  const Buffer<float> shifts = allocate<float>(items.tile_parts * net.batch * hidden);
+  ThreadPool::get().run(items.count(), threads, [&](int64_t item, int worker) {
+    float *coords = memory.get() + worker * scratch, *grad_coords = coords + hidden * kTile;
+    float *first_slot = grad_coords + hidden * kTile, *total = parameters.get() + item * layout.parameters;
+    const int64_t tile_part = item % items.tile_parts;
+    const Range functions = part_of(item / items.tile_parts, items.groups, net.batch);
+    const Range tiles = part_of(tile_part, items.tile_parts, tiles_of(count));
+    float* shift = shifts.get() + tile_part * net.batch * hidden;
+    std::fill(total, total + layout.parameters, 0.0f);
+    std::fill(shift + functions.begin * hidden, shift + functions.end * hidden, 0.0f);
+    int64_t filled = 0;
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const int64_t n = t * kTile, here = std::min(kTile, count - n);
+      const auto begin = [&](int64_t at) {
+        run.load(net.coords + at, count, hidden, here, coords);
+        std::fill(grad_coords, grad_coords + hidden * kTile, 0.0f);
+      };
+      const auto end = [&](int64_t at) { run.store(grad_coords, hidden, here, grads.coords + at, count); };
+      if (net.shared) begin(n);
+      for (int64_t b = functions.begin; b < functions.end; ++b) {
+        const int64_t at = b * hidden * count + n;
+        if (!net.shared) begin(at);
+        const int64_t value = (b * count + n) * net.channels, out = b * components * count + n;
+        run.backward(tile, coords, net.shift + b * hidden, net.values + value, here, log_p + out, grad + out, count,
+                     first_slot + filled * tile.slot, grad_coords, shift + b * hidden,
+                     grads.values ? grads.values + value : nullptr);
+        if (++filled == slots) {
+          run.parameters(tile, first_slot, filled, total);
+          filled = 0;
+        }
+        if (!net.shared) end(at);
+      }
+      if (net.shared) end(n);
+    }
+    if (filled) run.parameters(tile, first_slot, filled, total);
+  });
+  add_parts(parameters.get(), items.count(), layout.parameters, grads.parameters);
+  add_parts(shifts.get(), items.tile_parts, net.batch * hidden, grads.shift);
+}
+
+void categorical_kl(const float* log_q, const float* log_p, bool uniform, const bool* mask, int64_t mask_step, float* q,
+                    float* kl, int64_t batch, int64_t components, int64_t count, int threads, Isa isa) {
+  const Kernel run = kernel(isa);
+  const int64_t parts = (count + kKlPoints - 1) / kKlPoints, p_step = uniform ? 1 : count;
+  const Buffer<double> sums = allocate<double>(batch * parts);
+  ThreadPool::get().run(batch * parts, threads, [&](int64_t task, int) {
+    const int64_t b = task / parts, n = task % parts * kKlPoints, at = b * components * count + n;
+    sums[task] = run.kl(log_q + at, log_p + (uniform ? b * components : at), uniform, p_step,
+                        mask ? mask + b * mask_step + n : nullptr, q + at, components, std::min(kKlPoints, count - n),
+                        count);
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    double total = 0;
+    for (int64_t i = 0; i < parts; ++i) total += sums[b * parts + i];
+    kl[b] = static_cast<float>(total);
+  }
+}
+
+void categorical_kl_backward(const float* grad_q, const float* grad_kl, const float* q, const float* log_q,
+                             const float* log_p, bool uniform, float* grad_log_q, float* grad_log_p, int64_t batch,
+                             int64_t components, int64_t count, int threads, Isa isa) {
+  const Kernel run = kernel(isa);
+  ThreadPool::get().run(batch * components, threads, [&](int64_t row, int) {
+    const int64_t at = row * count;
+    run.kl_grad(grad_q + at, grad_kl[row / components], q + at, log_q + at, log_p + (uniform ? row : at), uniform,
+                grad_log_q + at, grad_log_p + at, count);
+  });
+}
+
+}  // namespace vamoh

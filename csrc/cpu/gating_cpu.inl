@@ -1,0 +1,359 @@
+#include "simd.inl"
+
+#include "panel.inl"
+
+#if defined(__clang__)
+#define VAMOH_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VAMOH_PICK(a, b, ...) __builtin_shuffle(a, b, Vi4{__VA_ARGS__})
+#endif
+
+// panel[c][r] = rows[r * step + c] for r < count.
+inline void transpose(const float* rows, int64_t step, int64_t count, int64_t columns, float* panel) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4, rows += 4 * step) {
+    int64_t c = 0;
+    float* to = panel + r;
+    for (; c + 4 <= columns; c += 4, to += 4 * kPanel) {
+      V4 x[4];
+      for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const V4*>(rows + i * step + c);
+      const V4 a = VAMOH_PICK(x[0], x[1], 0, 4, 1, 5), b = VAMOH_PICK(x[2], x[3], 0, 4, 1, 5);
+      const V4 d = VAMOH_PICK(x[0], x[1], 2, 6, 3, 7), e = VAMOH_PICK(x[2], x[3], 2, 6, 3, 7);
+      *reinterpret_cast<V4*>(to) = VAMOH_PICK(a, b, 0, 1, 4, 5);
+      *reinterpret_cast<V4*>(to + kPanel) = VAMOH_PICK(a, b, 2, 3, 6, 7);
+      *reinterpret_cast<V4*>(to + 2 * kPanel) = VAMOH_PICK(d, e, 0, 1, 4, 5);
+      *reinterpret_cast<V4*>(to + 3 * kPanel) = VAMOH_PICK(d, e, 2, 3, 6, 7);
+    }
+    for (; c < columns; ++c, to += kPanel)
+      for (int64_t i = 0; i < 4; ++i) to[i] = rows[i * step + c];
+  }
+  for (; r < count; ++r, rows += step)
+    for (int64_t c = 0; c < columns; ++c) panel[c * kPanel + r] = rows[c];
+}
+
+#undef VAMOH_PICK
+
+// panel[r][p] = rows[r * step + p] for p < count, 0 for the other p < kPanel.
+inline void load_rows(const float* from, int64_t step, int64_t rows, int64_t count, float* panel) {
+  for (int64_t r = 0; r < rows; ++r, from += step, panel += kPanel) {
+    if (count == kPanel) {
+      for (int p = 0; p < kPanel; p += kLanes) store(panel + p, load(from + p));
+    } else {
+      for (int64_t p = 0; p < kPanel; ++p) panel[p] = p < count ? from[p] : 0;
+    }
+  }
+}
+
+inline void store_rows(const float* panel, int64_t rows, int64_t count, float* to, int64_t step) {
+  for (int64_t r = 0; r < rows; ++r, panel += kPanel, to += step) {
+    if (count == kPanel) {
+      for (int p = 0; p < kPanel; p += kLanes) store(to + p, load(panel + p));
+    } else {
+      for (int64_t p = 0; p < count; ++p) to[p] = panel[p];
+    }
+  }
+}
+
+// out[p * out_step + lane] = sum_e encoded[p][e] weight[e * weight_step + lane] for p < count and J vectors of lanes.
+template <int R, int J>
+void coords_rows(const float* encoded, int64_t inputs, int64_t count, const float* weight, int64_t weight_step,
+                 float* out, int64_t out_step) {
+  if (R > 1 && count < R) return coords_rows<1, J>(encoded, inputs, count, weight, weight_step, out, out_step);
+  for (int64_t p = 0; p < count; p += R) {
+    const int64_t first = p + R <= count ? p : count - R;  // the last block may repeat a few points
+    const float *a = encoded + first * inputs, *ahead = a + R * inputs, *b = weight;
+    V s[R][J] = {};
+#pragma GCC unroll 1
+    for (int64_t e = 0; e < inputs; ++e, ++a, ahead += kLanes, b += weight_step) {
+      __builtin_prefetch(ahead);
+      V right[J];
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const V left = splat(a[r * inputs]);
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) s[r][j] = fma(left, right[j], s[r][j]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) store(out + (first + r) * out_step + j * kLanes, s[r][j]);
+  }
+}
+
+// panel[h][p] = sum_e encoded[p][e] weight[e][h] for p < count <= kPanel and h < hidden; rows of weight are `padded`
+// long, a multiple of 16. scratch: kPanel * padded.
+void coords_tile(const float* encoded, const float* weight, int64_t padded, int64_t inputs, int64_t hidden,
+                 int64_t count, float* panel, float* scratch) {
+  for (int64_t lane = 0; lane < padded;) {
+    const auto run = [&](auto rows, int vectors) {
+      rows(encoded, inputs, count, weight + lane, padded, scratch + lane, padded);
+      lane += vectors * kLanes;
+    };
+#if VAMOH_VECTOR_BITS == 512
+    const int64_t left = (padded - lane) / kLanes;
+    if (left >= 4) {
+      run(coords_rows<6, 4>, 4);
+    } else if (left == 3) {
+      run(coords_rows<8, 3>, 3);
+    } else if (left == 2) {
+      run(coords_rows<12, 2>, 2);
+    } else {
+      run(coords_rows<12, 1>, 1);
+    }
+#else
+    run(coords_rows<6, 2>, 2);
+#endif
+  }
+  transpose(scratch, padded, count, hidden, panel);
+}
+
+// Fetches, with every vector of a sum, a share of the next tile.
+struct FromMatrixAhead {
+  const float* matrix;
+  int64_t step, lines;
+  const float* ahead;
+  V operator()(int64_t row, int64_t lane) const {
+    const int64_t at = row * step + lane;
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(ahead + (at / kLanes * lines + i) * 16);
+    return load(matrix + at);
+  }
+};
+
+// total[h][e] += sum_p grad[h][p] encoded[p][e] for p < count <= kPanel, grad a panel; rows of total and encoded are
+// `inputs` long, a multiple of kPanel.
+void coords_weight_tile(const float* encoded, const float* grad, int64_t inputs, int64_t hidden, int64_t count,
+                        float* total) {
+  const int64_t lines = (count * kLanes / 16 + hidden - 1) / hidden;
+  product(grad, kPanel, 1, encoded, inputs, hidden, count, inputs,
+          FromMatrixAhead{total, inputs, lines, encoded + count * inputs}, ToMatrix{total, inputs});
+}
+
+inline V tanh(V x) {
+  const V square = x * x;
+  V p = splat(-5.528318827e-3f);
+  p = fma(p, square, splat(2.048301867e-2f));
+  p = fma(p, square, splat(-5.369287627e-2f));
+  p = fma(p, square, splat(1.333089878e-1f));
+  p = fma(p, square, splat(-3.333326286e-1f));
+  const V size = abs(x);
+  const V far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+  return size < 0.625f ? fma(p * square, x, x) : x < 0.0f ? -far : far;
+}
+
+inline void tanh_rows(float* panel, int64_t rows) {
+  for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(panel + i, tanh(load(panel + i)));
+}
+
+// Logits to log-probabilities, in place.
+inline void log_softmax(float* panel, int64_t rows) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    float* column = panel + lane;
+    V top = load(column);
+    for (int64_t k = 1; k < rows; ++k) top = max(load(column + k * kPanel), top);
+    V total = V{};
+    for (int64_t k = 0; k < rows; ++k) total += exp(load(column + k * kPanel) - top);
+    const V shift = log(total);
+    for (int64_t k = 0; k < rows; ++k) store(column + k * kPanel, (load(column + k * kPanel) - top) - shift);
+  }
+}
+
+// panel[c][p] = values[p][c] for p < count, 0 for the other p < kPanel.
+inline void load_values(const float* values, int64_t channels, int64_t count, float* panel) {
+  transpose(values, channels, count, channels, panel);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t p = count; p < kPanel; ++p) panel[c * kPanel + p] = 0;
+}
+
+struct FromCoords {
+  const float *coords, *shift;
+  V operator()(int64_t row, int64_t lane) const { return load(coords + row * kPanel + lane) + shift[row]; }
+};
+
+struct ToLeaky {
+  float* panel;
+  float slope;
+  void operator()(int64_t row, int64_t lane, V v) const {
+    store(panel + row * kPanel + lane, v > 0.0f ? v : v * slope);
+  }
+};
+
+struct ToLeakyGrad {
+  const float* after;  // the activation; it has the sign of its input
+  float* panel;
+  float slope;
+  void operator()(int64_t row, int64_t lane, V v) const {
+    const int64_t i = row * kPanel + lane;
+    store(panel + i, load(after + i) > 0.0f ? v : v * slope);
+  }
+};
+
+// Fills a slot with the values and every layer's input, and with the last layer's output if `logits`.
+inline void run_layers(const GatingTile& net, const float* coords, const float* shift, const float* values,
+                       int64_t count, bool logits, float* slot) {
+  float* inputs = slot + net.inputs_at[0];
+  if (net.channels) load_values(values, net.channels, count, slot + net.values_at);
+  const FromCoords first{coords, shift};
+  const int64_t rows = net.widths[0];
+  const float* const panel = slot + net.values_at;
+  if (net.layers == 0) {
+    if (logits)
+      product(net.value_weight, net.channels, 1, panel, kPanel, rows, net.channels, kPanel, first,
+              ToMatrix{slot + net.grads_at[0], kPanel});
+    return;
+  }
+  product(net.value_weight, net.channels, 1, panel, kPanel, rows, net.channels, kPanel, first,
+          ToLeaky{inputs, net.slope});
+  for (int64_t l = 0; l < net.layers; ++l) {
+    const float *weight = net.weights[l], *before = slot + net.inputs_at[l];
+    const int64_t in = net.widths[l], out = net.widths[l + 1];
+    const FromColumn bias{net.biases[l]};
+    if (l + 1 < net.layers) {
+      product(weight, in, 1, before, kPanel, out, in, kPanel, bias, ToLeaky{slot + net.inputs_at[l + 1], net.slope});
+    } else if (logits) {
+      product(weight, in, 1, before, kPanel, out, in, kPanel, bias, ToMatrix{slot + net.grads_at[l + 1], kPanel});
+    }
+  }
+}
+
+// log_p[k * step + p] of the points p < count <= kPanel of one function. coords: panel [H].
+void gating_tile(const GatingTile& net, const float* coords, const float* shift, const float* values, int64_t count,
+                 float* log_p, int64_t step, float* slot) {
+  const int64_t components = net.widths[net.layers];
+  float* logits = slot + net.grads_at[net.layers];
+  run_layers(net, coords, shift, values, count, true, slot);
+  if (net.bounded) tanh_rows(logits, components);
+  log_softmax(logits, components);
+  store_rows(logits, components, count, log_p, step);
+}
+
+// out[r] += sum of row r of a panel; also added to the panel `total` where it is not null.
+inline void add_rows(const float* panel, int64_t rows, float* out, float* total) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4, panel += 4 * kPanel) {
+    V s[4] = {};
+    for (int i = 0; i < 4; ++i)
+      for (int lane = 0; lane < kPanel; lane += kLanes) s[i] += load(panel + i * kPanel + lane);
+    const V4 four = sums(s[0], s[1], s[2], s[3]);
+    for (int i = 0; i < 4; ++i) out[r + i] += four[i];
+  }
+  for (; r < rows; ++r, panel += kPanel) out[r] += row_sum(panel, 0, 1);
+  if (total) {
+    panel -= rows * kPanel;
+    for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(total + i, load(total + i) + load(panel + i));
+  }
+}
+
+// Fills a slot with the layers' inputs and the gradients of their outputs, from log_p and its gradient (rows `step`
+// apart). Adds the first layer's gradient to the panel grad_coords [H] and, summed over the points, to grad_shift [H];
+// writes grad_values [count, C] if not null.
+void gating_backward_tile(const GatingTile& net, const float* coords, const float* shift, const float* values,
+                          int64_t count, const float* log_p, const float* grad, int64_t step, float* slot,
+                          float* grad_coords, float* grad_shift, float* grad_values) {
+  const int64_t layers = net.layers, components = net.widths[layers];
+  run_layers(net, coords, shift, values, count, net.bounded, slot);
+  float* d = slot + net.grads_at[layers];
+  if (net.bounded) tanh_rows(d, components);
+  if (count < kPanel) {
+    float *log_p_panel = slot + net.spare_at, *grad_panel = log_p_panel + components * kPanel;
+    load_rows(log_p, step, components, count, log_p_panel);
+    load_rows(grad, step, components, count, grad_panel);
+    log_p = log_p_panel;
+    grad = grad_panel;
+    step = kPanel;
+  }
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    V total = V{};
+    for (int64_t k = 0; k < components; ++k) total += load(grad + k * step + lane);
+    for (int64_t k = 0; k < components; ++k) {
+      float* at = d + k * kPanel + lane;
+      V v = load(grad + k * step + lane) - exp(load(log_p + k * step + lane)) * total;
+      if (net.bounded) v *= 1.0f - load(at) * load(at);
+      store(at, v);
+    }
+  }
+  for (int64_t l = layers - 1; l >= 0; --l) {
+    const int64_t in = net.widths[l], out = net.widths[l + 1];
+    product(net.weights[l], 1, in, slot + net.grads_at[l + 1], kPanel, in, out, kPanel, FromZero{},
+            ToLeakyGrad{slot + net.inputs_at[l], slot + net.grads_at[l], net.slope});
+  }
+  const float* first = slot + net.grads_at[0];
+  add_rows(first, net.widths[0], grad_shift, grad_coords);
+  if (grad_values) {
+    float* panel = slot + net.spare_at;
+    product(net.value_weight, 1, net.channels, first, kPanel, net.channels, net.widths[0], kPanel, FromZero{},
+            ToMatrix{panel, kPanel});
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t c = 0; c < net.channels; ++c) grad_values[p * net.channels + c] = panel[c * kPanel + p];
+  }
+}
+
+// Adds the gradients of the parameters that `slots` filled slots give, in the order of GatingGrads::parameters.
+void gating_parameters(const GatingTile& net, const float* slots, int64_t count, float* total) {
+  if (net.channels) {
+    dots(slots + net.grads_at[0], net.slot, slots + net.values_at, net.slot, count, net.widths[0], net.channels, total,
+         net.channels);
+    total += net.widths[0] * net.channels;
+  }
+  for (int64_t l = 0; l < net.layers; ++l) {
+    const int64_t in = net.widths[l], out = net.widths[l + 1];
+    const float* grads = slots + net.grads_at[l + 1];
+    dots(grads, net.slot, slots + net.inputs_at[l], net.slot, count, out, in, total, in);
+    total += in * out;
+    for (int64_t i = 0; i < count; ++i) add_rows(grads + i * net.slot, out, total, nullptr);
+    total += out;
+  }
+}
+
+// One function's q and divergence over `count` points; rows of log_q and q are `step` apart, those of log_p p_step.
+double kl_rows(const float* log_q, const float* log_p, bool uniform, int64_t p_step, const bool* mask, float* q,
+               int64_t components, int64_t count, int64_t step) {
+  double result = 0;
+  for (int64_t k = 0; k < components; ++k, log_q += step, log_p += p_step, q += step) {
+    V total = V{};
+    int64_t n = 0;
+    for (; n < count; n += kLanes) {
+      const int64_t here = count - n < kLanes ? count - n : kLanes;
+      V a = V{}, b = V{};
+      Vi seen = Vi{} - 1;
+      if (here == kLanes) {
+        a = load(log_q + n);
+        b = uniform ? splat(log_p[0]) : load(log_p + n);
+        if (mask)
+          for (int i = 0; i < kLanes; ++i) seen[i] = -int(mask[n + i]);
+      } else {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          a[i] = i < here ? log_q[n + i] : 0;
+          b[i] = i < here ? log_p[uniform ? 0 : n + i] : 0;
+          seen[i] = i < here ? mask ? -int(mask[n + i]) : -1 : 0;
+        }
+      }
+      const V p = seen != 0 ? exp(a) : V{};
+      total += p == 0.0f ? V{} : p * (a - b);
+      if (here == kLanes) {
+        store(q + n, p);
+      } else {
+        for (int64_t i = 0; i < here; ++i) q[n + i] = p[i];
+      }
+    }
+    result += double(sum(total));
+  }
+  return result;
+}
+
+void kl_grad_rows(const float* grad_q, float grad_kl, const float* q, const float* log_q, const float* log_p,
+                  bool uniform, float* grad_log_q, float* grad_log_p, int64_t count) {
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes) {
+    const V p = load(q + n), ratio = load(log_q + n) - (uniform ? splat(log_p[0]) : load(log_p + n));
+    store(grad_log_q + n, p == 0.0f ? V{} : p * (load(grad_q + n) + grad_kl * (ratio + 1.0f)));
+    store(grad_log_p + n, -grad_kl * p);
+  }
+  for (; n < count; ++n) {
+    const float ratio = log_q[n] - log_p[uniform ? 0 : n];
+    grad_log_q[n] = q[n] == 0 ? 0 : q[n] * (grad_q[n] + grad_kl * (ratio + 1));
+    grad_log_p[n] = -grad_kl * q[n];
+  }
+}

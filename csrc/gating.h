@@ -1,0 +1,67 @@
+// The networks that say which component explains a point, and the divergence between two of them. float32, row-major,
+// points last.
+//
+// Sizes: B functions, N points, E encoded coordinates, C channels, K components. widths[0] = H is the first layer's,
+// widths[layers] = K.
+//
+//   log_p = log_softmax(bound(h)),  h <- weights[l] leaky(h) + biases[l] for l < layers,
+//   first h = coords + shift + value_weight values
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+
+namespace vamoh {
+
+struct GatingNet {
+  const float* coords;  // [B, H, N], or [H, N] if `shared`
+  bool shared;
+  const float* shift;         // [B, H]
+  const float* values;        // [B, N, C], or null with C = 0
+  const float* value_weight;  // [H, C]
+  std::vector<const float*> weights;  // [widths[l + 1], widths[l]]
+  std::vector<const float*> biases;   // [widths[l + 1]]
+  std::vector<int64_t> widths;
+  int64_t batch, count, channels;
+  float slope;   // of LeakyReLU, in [0, 1]
+  bool bounded;  // the bound is tanh, else there is none
+};
+
+struct GatingGrads {
+  float* coords;      // as GatingNet's; summed over B if `shared`
+  float* shift;       // [B, H]
+  float* values;      // [B, N, C], or null: not wanted
+  float* parameters;  // [value_weight, weights[0], biases[0], weights[1], ...]
+};
+
+// The coordinates' part of the first layers of several networks: parts[i] [B, hidden[i], N] = weights[i] [hidden[i], E]
+// encoded [B, N, E]^T
+void gating_coords(const float* encoded, const std::vector<const float*>& weights, const std::vector<float*>& parts,
+                   const std::vector<int64_t>& hidden, int64_t batch, int64_t count, int64_t inputs, int threads,
+                   Isa isa);
+
+// grad_weights[i] [hidden[i], E] = sum over B of grads[i] [B, hidden[i], N] encoded [B, N, E]
+void gating_coords_backward(const float* encoded, const std::vector<const float*>& grads,
+                            const std::vector<float*>& grad_weights, const std::vector<int64_t>& hidden, int64_t batch,
+                            int64_t count, int64_t inputs, int threads, Isa isa);
+
+// log_p [B, K, N]
+void gating(const GatingNet& net, float* log_p, int threads, Isa isa);
+
+// From the gradient of log_p and log_p itself. Sums are taken in an order that does not depend on `threads`.
+void gating_backward(const GatingNet& net, const float* log_p, const float* grad, const GatingGrads& grads, int threads,
+                     Isa isa);
+
+// q = exp(log_q) where mask [B, N] (null: everywhere), else 0; kl [B] = sum over K, N of q (log_q - log_p), where q > 0.
+// log_q, q [B, K, N]; log_p the same, or [B, K, 1] if `uniform`; rows of mask are mask_step apart, 0 if shared.
+void categorical_kl(const float* log_q, const float* log_p, bool uniform, const bool* mask, int64_t mask_step, float* q,
+                    float* kl, int64_t batch, int64_t components, int64_t count, int threads, Isa isa);
+
+// Gradients [B, K, N] of both log-probabilities from those of q [B, K, N] and kl [B].
+void categorical_kl_backward(const float* grad_q, const float* grad_kl, const float* q, const float* log_q,
+                             const float* log_p, bool uniform, float* grad_log_q, float* grad_log_p, int64_t batch,
+                             int64_t components, int64_t count, int threads, Isa isa);
+
+}  // namespace vamoh
