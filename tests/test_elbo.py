@@ -24,12 +24,16 @@ def test_kl_categorical_against_torch_distributions():
     log_q, log_p = log_probabilities(2, 3, 5, seed=0), log_probabilities(2, 3, 5, seed=1)
     q, p = (torch.distributions.Categorical(logits=t.mT) for t in (log_q, log_p))
     per_point = torch.distributions.kl_divergence(q, p)
-    torch.testing.assert_close(kl_categorical(log_q, log_p, None), per_point.sum(1))
+    weights, kl = kl_categorical(log_q, log_p, None)
+    torch.testing.assert_close(weights, q.probs.mT)
+    torch.testing.assert_close(kl, per_point.sum(1))
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
-    torch.testing.assert_close(kl_categorical(log_q, log_p, mask), (per_point * mask).sum(1))
+    weights, kl = kl_categorical(log_q, log_p, mask)
+    torch.testing.assert_close(weights, q.probs.mT * mask[:, None])
+    torch.testing.assert_close(kl, (per_point * mask).sum(1))
     uniform = torch.full((2, 3, 1), -math.log(3), dtype=torch.float64)
     entropy = q.entropy().sum(1)
-    torch.testing.assert_close(kl_categorical(log_q, uniform, None), 5 * math.log(3) - entropy)
+    torch.testing.assert_close(kl_categorical(log_q, uniform, None)[1], 5 * math.log(3) - entropy)
 
 
 def test_importance_bound_is_stable():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from vamoh.ops.gating import categorical_kl
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +33,12 @@ def combine(log_likelihood: Tensor, kl_z: Tensor, kl_c: Tensor, beta_z: float, b
     return ElboTerms(log_likelihood - beta_z * kl_z - beta_c * kl_c, log_likelihood, kl_z, kl_c)
 
 
-def kl_categorical(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> Tensor:
-    """Σ_n KL(q(c_n) ‖ p(c_n)) [B] in nats over observed points; log-probabilities [B, K, N], p also [B, K, 1]."""
-    per_point = (log_q.exp() * (log_q - log_p)).sum(1)
-    return per_point.sum(-1) if mask is None else torch.where(mask, per_point, 0).sum(-1)
+def kl_categorical(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [B, K, N], 0 at unobserved points, and Σ_n KL(q(c_n) ‖ p(c_n)) [B] in nats over observed points.
+
+    Log-probabilities [B, K, N], p's also [B, K, 1]; mask [N] or [B, N].
+    """
+    return categorical_kl(log_q, log_p, mask)
 
 
 def importance_bound(log_weights: Tensor) -> Tensor:

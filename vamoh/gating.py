@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vamoh.ops.gating import gating, gating_coords
 
 SLOPE = 0.1
 """LeakyReLU slope of the gating networks (the published code's)."""
@@ -41,13 +42,29 @@ class Gating(nn.Module):
 
         encoded [N, E] or [B, N, E]; z [B, Z]; values [B, N, C] for the posterior.
         """
-        h = self.by_coords(encoded) + self.by_z(z)[:, None]  # [B, N, H]
-        if self.by_value is not None:
-            h = h + self.by_value(values)
-        for layer in self.rest:
-            h = layer(F.leaky_relu(h, SLOPE))
-        logits = torch.tanh(h) if self.bounded else h
-        return F.log_softmax(logits.mT, 1)
+        return self._finish(gating_coords(encoded, [self.by_coords.weight])[0], z, values)
+
+    def _finish(self, coords: Tensor, z: Tensor, values: Tensor | None) -> Tensor:
+        """Log-probabilities from the coordinates' part of the first layer, [H, N] or [B, H, N]."""
+        layers = [layer for layer in self.rest if isinstance(layer, nn.Linear)]
+        return gating(
+            coords,
+            F.linear(z, self.by_z.weight, self.by_coords.bias),
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            None if self.by_value is None else values,
+            None if self.by_value is None else self.by_value.weight,
+            slope=SLOPE,
+            bounded=self.bounded,
+        )
+
+
+def posterior_and_prior(
+    posterior: Gating, prior: Gating, encoded: Tensor, z: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, K, N] of both networks, as their calls give; reads the encoded coordinates once."""
+    part_q, part_p = gating_coords(encoded, [posterior.by_coords.weight, prior.by_coords.weight])
+    return posterior._finish(part_q, z, values), prior._finish(part_p, z, None)
 
 
 def uniform(batch: int, components: int, like: Tensor) -> Tensor:

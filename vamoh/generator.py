@@ -52,16 +52,14 @@ def expected_log_likelihood(
     theta: Tensor,
     features: Tensor,
     values: Tensor,
-    log_q: Tensor,
-    mask: Tensor | None,
+    q: Tensor,
     inr: Inr,
     likelihood: Likelihood,
     mirror: Tensor | None = None,
 ) -> Tensor:
-    """E_q(c) log p(y | x, z, c) [B] in nats, summed over observed points; log_q [B, K, N]."""
-    weights = log_q.exp() if mask is None else torch.where(mask[:, None], log_q.exp(), 0)
+    """E_q(c) log p(y | x, z, c) [B] in nats, summed over points; q [B, K, N] is 0 at unobserved ones."""
     return inr_mixture_expected_log_likelihood(
-        theta, features, values, weights.contiguous(), likelihood.scale, inr, likelihood.op, mirror=mirror
+        theta, features, values, q, likelihood.scale, inr, likelihood.op, mirror=mirror
     )[0]
 
 

@@ -13,7 +13,7 @@ from vamoh._checks import check_choice, check_positive, check_tensor
 from vamoh.elbo import ElboTerms, combine, importance_bound, kl_categorical
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
-from vamoh.gating import Gating, uniform
+from vamoh.gating import Gating, posterior_and_prior, uniform
 from vamoh.generator import Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
@@ -208,18 +208,16 @@ class VaMoH(nn.Module):
         )
         posterior, features = self._encode(points, neighborhoods)
         z = posterior.sample(noise.z)
-        log_q = self.gating_posterior(features, z, points.values)
+        q, kl_c = kl_categorical(*self._log_q_and_p(features, z, points.values), points.mask)
         log_likelihood = expected_log_likelihood(
             self.hypernet(z),
             features,
             points.values,
-            log_q,
-            points.mask,
+            q,
             self.inr,
             self.likelihood,
             self.encoding.mirror(points.coords),
         )
-        kl_c = kl_categorical(log_q, self._log_prior_c(features, z), points.mask)
         estimate = kl_exact if self.kl == "exact" else kl_cross_entropy
         kl_z = estimate(posterior, self._prior_z, noise.kl)
         return combine(log_likelihood, kl_z, kl_c, beta_z, beta_c)
@@ -336,6 +334,11 @@ class VaMoH(nn.Module):
 
     def _log_prior_c(self, features: Tensor, z: Tensor) -> Tensor:
         return self.gating_prior(features, z) if self.use_gating_prior else uniform(len(z), self.components, z)
+
+    def _log_q_and_p(self, features: Tensor, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.use_gating_prior:
+            return posterior_and_prior(self.gating_posterior, self.gating_prior, features, z, values)
+        return self.gating_posterior(features, z, values), self._log_prior_c(features, z)
 
     def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
         metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
