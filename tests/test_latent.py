@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
+from vamoh.ops import CounterNoise
+from vamoh.ops._noise import counter_noise_reference
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -78,6 +80,25 @@ def test_gradient_to_the_encoder(estimate, reaches):
     assert all(g.any() for g in torch.autograd.grad(value, list(prior.parameters())))
     to_encoder = torch.autograd.grad(estimate(Posterior(mean, std), NormalPrior(), draw(0, 3, 4)).sum(), [mean, std])
     assert all(g.any() for g in to_encoder)
+
+
+@pytest.mark.parametrize("estimate", [kl_exact, kl_cross_entropy])
+def test_counted_noise_is_noise(estimate):
+    """A seed gives what its samples in a tensor give, in float32 as in float64."""
+    prior, seed = flow(False), torch.tensor(11)
+    stored = counter_noise_reference(seed, range(500), 3, 4, torch.float64)
+    results = []
+    for dtype, noise in (
+        (torch.float64, stored),
+        *((d, CounterNoise(seed, 500)) for d in (torch.float64, torch.float32)),
+    ):
+        mean, std = (t.to(dtype).requires_grad_() for t in (draw(3, 4), draw(3, 4, seed=1).exp()))
+        value = estimate(Posterior(mean, std), prior.to(dtype), noise)
+        grads = torch.autograd.grad(value.sum(), [mean, std, *prior.parameters()], allow_unused=True)
+        results.append([value.detach(), *(g for g in grads if g is not None)])
+    for exact, double, single in zip(*results, strict=True):
+        torch.testing.assert_close(double, exact)
+        assert (single.double() - exact).norm() <= 1e-5 * exact.norm()
 
 
 def test_flow_starts_near_the_identity_however_deep():

@@ -16,7 +16,8 @@ from vamoh.encoder import Neighborhood
 from vamoh.gating import uniform
 from vamoh.latent import NormalPrior
 from vamoh.model import Noise
-from vamoh.ops import inr_mixture, inr_mixture_mean
+from vamoh.ops import CounterNoise, inr_mixture, inr_mixture_mean
+from vamoh.ops._noise import counter_noise_reference
 from vamoh.ops.likelihood import log_likelihood
 
 TINY: dict[str, Any] = {
@@ -70,6 +71,12 @@ def terms(model: VaMoH, points: PointSet, noise: Noise, **arguments: Any) -> Ten
     return torch.stack(list(vars(model.elbo(points, noise=noise, **arguments)).values()), 1)
 
 
+def stored(noise: Noise) -> Noise:
+    """The same noise, with all samples in a tensor."""
+    seed, samples = noise.kl
+    return Noise(noise.z, counter_noise_reference(seed, range(samples), *noise.z.shape, noise.z.dtype))
+
+
 def item(noise: Noise, i: int) -> Noise:
     return Noise(noise.z[i : i + 1], noise.kl[:, i : i + 1])
 
@@ -91,7 +98,6 @@ def test_phases():
     standard = model.elbo(points, noise=noise)
     assert torch.equal(standard.kl_z, model.encode(points).kl_standard())
     assert not torch.allclose(standard.kl_z, both.kl_z) and torch.equal(standard.kl_c, both.kl_c)
-    assert model.draw_noise(2).kl.shape == (0, 2, 3)
     assert torch.equal(
         model.sample_prior(4, generator=seeded()), torch.randn(4, 3, dtype=torch.float64, generator=seeded())
     )
@@ -288,7 +294,7 @@ def test_masks_per_item_equal_every_item_alone(shared, pooled):
     if not shared:
         jitter = torch.rand(3, 30, 2, dtype=torch.float64, generator=seeded(3))
         points = PointSet(points.coords + 0.1 * jitter, points.values)
-    noise = model.draw_noise(3, generator=seeded())
+    noise = stored(model.draw_noise(3, generator=seeded()))
     together = points.with_mask(mask)
     result, posterior = terms(model, together, noise), model.encode(together)
     maps, hoods = model.reconstruct(together), model.neighborhoods(together)
@@ -319,7 +325,7 @@ def test_padded_lists_equal_separate_ones():
     model, g, sizes = build(), seeded(), [20, 5, 11]
     coords = [torch.rand(n, 2, dtype=torch.float64, generator=g) for n in sizes]
     values = [torch.rand(n, 1, dtype=torch.float64, generator=g) for n in sizes]
-    noise = model.draw_noise(3, generator=seeded())
+    noise = stored(model.draw_noise(3, generator=seeded()))
     together = PointSet.from_lists(coords, values)
     result, maps = terms(model, together, noise), model.reconstruct(together)
     for i, n in enumerate(sizes):
@@ -364,7 +370,7 @@ def test_values_at_unobserved_points_do_not_matter(likelihood, junk):
 
 def test_a_batch_equals_its_items():
     model, points = build(), grid(4)
-    noise = model.draw_noise(4, generator=seeded())
+    noise = stored(model.draw_noise(4, generator=seeded()))
     result = terms(model, points, noise)
     for i in range(4):
         alone = PointSet(points.coords, points.values[i : i + 1])
@@ -433,11 +439,14 @@ def test_training_goes_on_after_inference_mode():
 def test_given_noise_and_neighborhoods_are_used():
     model, points = build(), grid()
     noise, hoods = model.draw_noise(3, generator=seeded()), model.neighborhoods(points)
-    assert noise.z.shape == (3, 3) and noise.kl.shape == (3, 3, 3)
+    assert noise.z.shape == (3, 3) and noise.kl.samples == 3 and stored(noise).kl.shape == (3, 3, 3)
     calls = count_searches(model)
     first = terms(model, points, noise, neighborhoods=hoods)
     assert torch.equal(terms(model, points, noise, neighborhoods=hoods), first) and not calls
     assert torch.equal(terms(model, points, noise), first)
+    torch.testing.assert_close(terms(model, points, stored(noise), neighborhoods=hoods), first)
+    again = Noise(noise.z, CounterNoise(noise.kl.seed + 1, 3))
+    assert not torch.allclose(terms(model, points, again, neighborhoods=hoods), first)
     other = tuple(Neighborhood(c, n.flip(1)) for c, n in hoods)
     assert not torch.allclose(terms(model, points, noise, neighborhoods=other), first)
     assert not torch.allclose(model.encode(points, neighborhoods=other).mean, model.encode(points).mean)
@@ -651,9 +660,11 @@ def test_learned_scale_gets_a_gradient():
     assert model.likelihood.raw_scale.grad.shape == (3, 1) and model.likelihood.raw_scale.grad.all()
 
 
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("how", ["counter", "tensor"])
+def test_compiled_equals_eager(how):
     model, points = build(), grid()
     noise, hoods = model.draw_noise(3, generator=seeded()), model.neighborhoods(points)
+    noise = stored(noise) if how == "tensor" else noise
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda p: model.elbo(p, neighborhoods=hoods, noise=noise), fullgraph=True, backend="aot_eager"
@@ -800,9 +811,19 @@ def float32() -> PointSet:
             r"elbo: noise.kl must have shape \[S, 3, 3\], got \[3, 1, 3\]",
         ),
         (
-            lambda m, p: m.elbo(p, noise=Noise(m.draw_noise(3).z, m.draw_noise(3).kl[:0])),
+            lambda m, p: m.elbo(p, noise=Noise(m.draw_noise(3).z, torch.zeros(0, 3, 3).double())),
             ValueError,
-            "elbo: noise.kl must hold at least one sample for a flow prior",
+            "elbo: noise.kl must hold at least one sample",
+        ),
+        (
+            lambda m, p: m.elbo(p, noise=Noise(m.draw_noise(3).z, CounterNoise(torch.tensor(0), 0))),
+            ValueError,
+            "elbo: noise.kl.samples must be at least 1, got 0",
+        ),
+        (
+            lambda m, p: m.elbo(p, noise=Noise(m.draw_noise(3).z, CounterNoise(torch.tensor(0.0), 3))),
+            TypeError,
+            "elbo: noise.kl.seed must have dtype int64, got float32",
         ),
         (
             lambda m, p: m.elbo(p, noise=Noise(m.draw_noise(3).z.float(), m.draw_noise(3).kl)),
@@ -871,7 +892,7 @@ def test_call_errors(call, error, message):
 
 def test_statistics_of_noise():
     model = build()
-    noise = model.draw_noise(4000, generator=seeded())
+    noise = stored(model.draw_noise(4000, generator=seeded()))
     for t in (noise.z, noise.kl):
         assert t.dtype == torch.float64
         assert float(t.mean()) == pytest.approx(0, abs=0.05) and float(t.std()) == pytest.approx(1, abs=0.05)

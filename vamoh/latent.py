@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vamoh.ops.planar_flow import PlanarFlow, normal_log_prob, planar_flow_log_prob, planar_flow_sample
+from vamoh.ops import CounterNoise
+from vamoh.ops.planar_flow import (
+    PlanarFlow,
+    normal_log_prob,
+    planar_flow_expected_log_prob,
+    planar_flow_log_prob,
+    planar_flow_sample,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +88,24 @@ class FlowPrior(nn.Module):
         """Log-density [S] in nats at z [S, Z]; exact, by the analytic inverse."""
         return planar_flow_log_prob(z, self.flow)
 
+    def expected_log_prob(self, mean: Tensor, std: Tensor, noise: Tensor | CounterNoise) -> Tensor:
+        """Mean log-density [B] in nats over samples mean + std · noise; mean and std [B, Z], noise [S, B, Z]."""
+        return planar_flow_expected_log_prob(mean, std, self.flow, noise)
+
     def sample(self, noise: Tensor) -> Tensor:
         """Samples [S, Z] from standard normal noise [S, Z]."""
         return planar_flow_sample(noise, self.flow)[0]
 
 
-def kl_exact(posterior: Posterior, prior: NormalPrior | FlowPrior, noise: Tensor) -> Tensor:
+def kl_exact(posterior: Posterior, prior: NormalPrior | FlowPrior, noise: Tensor | CounterNoise) -> Tensor:
     """KL(q ‖ p) [B] in nats: closed form for N(0, I), else analytic entropy and noise [S, B, Z] for E_q[log p]."""
     if isinstance(prior, NormalPrior):
         return posterior.kl_standard()
-    z = posterior.sample(noise)
-    return -posterior.entropy() - prior.log_prob(z.flatten(0, 1)).view(z.shape[:2]).mean(0)
+    return -posterior.entropy() - prior.expected_log_prob(posterior.mean, posterior.std, noise)
 
 
-def kl_cross_entropy(posterior: Posterior, prior: NormalPrior | FlowPrior, noise: Tensor) -> Tensor:
+def kl_cross_entropy(posterior: Posterior, prior: NormalPrior | FlowPrior, noise: Tensor | CounterNoise) -> Tensor:
     """What the published code uses for a flow prior: -E_q[log p] [B], without entropy or gradient to the encoder."""
     if isinstance(prior, NormalPrior):
         return posterior.kl_standard()
-    z = posterior.sample(noise).detach()
-    return -prior.log_prob(z.flatten(0, 1)).view(z.shape[:2]).mean(0)
+    return -prior.expected_log_prob(posterior.mean.detach(), posterior.std.detach(), noise)

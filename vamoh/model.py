@@ -18,6 +18,8 @@ from vamoh.generator import Reconstruction, decode, expected_log_likelihood, mar
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
 from vamoh.likelihood import Likelihood
+from vamoh.ops import CounterNoise
+from vamoh.ops._noise import check_noise
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
 from vamoh.points import PointSet
 
@@ -29,10 +31,13 @@ _REMEMBERED = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Standard normal noise of one evaluation of the bound: z [B, Z] and kl [S, B, Z] (unused by a normal prior)."""
+    """Standard normal noise of one evaluation of the bound.
+
+    z [B, Z]; kl [S, B, Z], or the seed of it (unused by a normal prior).
+    """
 
     z: Tensor
-    kl: Tensor
+    kl: Tensor | CounterNoise
 
 
 class VaMoH(nn.Module):
@@ -323,10 +328,13 @@ class VaMoH(nn.Module):
         return self._prior_z.sample(self._randn(count, generator=generator))
 
     def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> Noise:
-        """Standard normal noise for one evaluation of the bound on a batch of that size."""
+        """Standard normal noise for one evaluation of the bound on a batch of that size.
+
+        The samples for the flow prior are a seed: they are made where they are used and never stored.
+        """
         z = self._randn(batch, generator=generator)
-        samples = 0 if isinstance(self._prior_z, NormalPrior) else self.kl_samples
-        return Noise(z, self._randn(samples, batch, generator=generator))
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else z.device)
+        return Noise(z, CounterNoise(seed.to(z.device), self.kl_samples))
 
     @property
     def _prior_z(self) -> NormalPrior | FlowPrior:
@@ -433,11 +441,8 @@ class VaMoH(nn.Module):
     def _check_noise(self, noise: Noise, points: PointSet) -> Noise:
         where, like = "elbo", points.values
         check_tensor(where, "noise.z", noise.z, [points.batch, self.latent_dim], like=like)
-        check_tensor(where, "noise.kl", noise.kl, ["S", points.batch, self.latent_dim], like=like)
-        if not len(noise.kl) and not isinstance(self._prior_z, NormalPrior):
-            raise ValueError(
-                f"{where}: noise.kl must hold at least one sample for a flow prior, got {list(noise.kl.shape)}"
-            )
+        if not isinstance(self._prior_z, NormalPrior):
+            check_noise(where, "noise.kl", noise.kl, noise.z)
         return noise
 
     def _check_coords(self, where: str, coords: Tensor, batch: int) -> None:

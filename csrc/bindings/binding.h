@@ -17,3 +17,4 @@ void bind_farthest_point_sample(py::module_& m);
 void bind_gating(py::module_& m);
 void bind_inr_mixture(py::module_& m);
 void bind_knn(py::module_& m);
+void bind_planar_flow(py::module_& m);

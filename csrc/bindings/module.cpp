@@ -15,4 +15,5 @@ PYBIND11_MODULE(_native, m) {
   bind_gating(m);
   bind_inr_mixture(m);
   bind_knn(m);
+  bind_planar_flow(m);
 }

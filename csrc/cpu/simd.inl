@@ -62,13 +62,11 @@ inline V exp(V x) {
   return p * from_bits((half + 127) << 23) * from_bits((n - half + 127) << 23);
 }
 
-inline V log(V x) {
-  const Vi tiny = x < 1.17549435e-38f;
-  const V scaled = tiny ? x * 8388608.0f : x;
-  Vi exponent = ((bits(scaled) - 0x3f3504f3) >> 23);  // so that the fraction lies in [sqrt(1/2), sqrt(2))
-  const V f = from_bits(bits(scaled) - (exponent << 23)) - 1.0f;
-  exponent -= tiny & 23;
-  const V e = __builtin_convertvector(exponent, V);
+// log(x / 2^shift) for a positive, finite and normal x.
+inline V log_normal(V x, Vi shift) {
+  const Vi exponent = ((bits(x) - 0x3f3504f3) >> 23);  // so that the fraction lies in [sqrt(1/2), sqrt(2))
+  const V f = from_bits(bits(x) - (exponent << 23)) - 1.0f;
+  const V e = __builtin_convertvector(exponent - shift, V);
   V p = splat(7.0376836292e-2f);
   p = fma(p, f, splat(-1.1514610310e-1f));
   p = fma(p, f, splat(1.1676998740e-1f));
@@ -81,7 +79,12 @@ inline V log(V x) {
   const V square = f * f;
   V result = fma(p * f, square, e * -2.12194440e-4f);
   result = fma(square, splat(-0.5f), result) + f;
-  result = fma(e, splat(0.693359375f), result);
+  return fma(e, splat(0.693359375f), result);
+}
+
+inline V log(V x) {
+  const Vi tiny = x < 1.17549435e-38f;
+  V result = log_normal(tiny ? x * 8388608.0f : x, tiny & 23);
   const V infinity = splat(__builtin_inff());
   result = x == infinity ? infinity : result;
   result = x > 0.0f ? result : splat(__builtin_nanf(""));
