@@ -2,7 +2,7 @@
 // points last.
 //
 // Sizes: B functions, N points, E encoded coordinates, C channels, K components. widths[0] = H is the first layer's,
-// widths[layers] = K.
+// the last width is K.
 //
 //   log_p = log_softmax(bound(h)),  h <- weights[l] leaky(h) + biases[l] for l < layers,
 //   first h = coords + shift + value_weight values
@@ -18,11 +18,9 @@ namespace vamoh {
 struct GatingNet {
   const float* coords;  // [B, H, N], or [H, N] if `shared`
   bool shared;
-  const float* shift;         // [B, H]
-  const float* values;        // [B, N, C], or null with C = 0
-  const float* value_weight;  // [H, C]
-  std::vector<const float*> weights;  // [widths[l + 1], widths[l]]
-  std::vector<const float*> biases;   // [widths[l + 1]]
+  const float* shift;       // [B, H]
+  const float* values;      // [B, N, C], or null with C = 0
+  const float* parameters;  // value_weight [H, C], then weights[l] [widths[l + 1], widths[l]] and biases[l] for every l
   std::vector<int64_t> widths;
   int64_t batch, count, channels;
   float slope;   // of LeakyReLU, in [0, 1]
@@ -33,7 +31,7 @@ struct GatingGrads {
   float* coords;      // as GatingNet's; summed over B if `shared`
   float* shift;       // [B, H]
   float* values;      // [B, N, C], or null: not wanted
-  float* parameters;  // [value_weight, weights[0], biases[0], weights[1], ...]
+  float* parameters;  // as GatingNet's
 };
 
 // The coordinates' part of the first layers of several networks: parts[i] [B, hidden[i], N] = weights[i] [hidden[i], E]

@@ -33,23 +33,12 @@ void gating_coords_backward(uintptr_t encoded, const std::vector<uintptr_t>& gra
                                 hidden, batch, count, inputs, threads, chosen);
 }
 
-vamoh::GatingNet gating_net(uintptr_t coords, bool shared, uintptr_t shift, uintptr_t values, uintptr_t value_weight,
-                            const std::vector<uintptr_t>& weights, const std::vector<uintptr_t>& biases,
+vamoh::GatingNet gating_net(uintptr_t coords, bool shared, uintptr_t shift, uintptr_t values, uintptr_t parameters,
                             const std::vector<int64_t>& widths, int64_t batch, int64_t count, int64_t channels,
                             float slope, bool bounded) {
-  return {at<const float>(coords),
-          shared,
-          at<const float>(shift),
-          at<const float>(values),
-          at<const float>(value_weight),
-          all_at<const float>(weights),
-          all_at<const float>(biases),
-          widths,
-          batch,
-          count,
-          channels,
-          slope,
-          bounded};
+  return {at<const float>(coords),     shared, at<const float>(shift), at<const float>(values),
+          at<const float>(parameters), widths, batch,                  count,
+          channels,                    slope,  bounded};
 }
 
 void gating(const vamoh::GatingNet& net, uintptr_t log_p, int threads, const std::string& isa) {
@@ -98,8 +87,8 @@ void bind_gating(py::module_& m) {
         py::arg("threads"), py::arg("isa"));
   py::class_<vamoh::GatingNet>(m, "GatingNet")
       .def(py::init(&gating_net), py::kw_only(), py::arg("coords"), py::arg("shared"), py::arg("shift"),
-           py::arg("values"), py::arg("value_weight"), py::arg("weights"), py::arg("biases"), py::arg("widths"),
-           py::arg("batch"), py::arg("count"), py::arg("channels"), py::arg("slope"), py::arg("bounded"));
+           py::arg("values"), py::arg("parameters"), py::arg("widths"), py::arg("batch"), py::arg("count"),
+           py::arg("channels"), py::arg("slope"), py::arg("bounded"));
   m.def("gating", &gating, py::kw_only(), py::arg("net"), py::arg("log_p"), py::arg("threads"), py::arg("isa"));
   m.def("gating_backward", &gating_backward, py::kw_only(), py::arg("net"), py::arg("log_p"), py::arg("grad"),
         py::arg("grad_coords"), py::arg("grad_shift"), py::arg("grad_values"), py::arg("grad_parameters"),

@@ -86,24 +86,28 @@ void add_parts(const float* parts, int64_t count, int64_t size, float* out) {
 }
 
 struct Layout {
+  std::vector<const float*> weights, biases;
   std::vector<int64_t> inputs_at, grads_at;
   GatingTile tile;
-  int64_t parameters;
+  int64_t parameters;  // how many
 
   explicit Layout(const GatingNet& net) {
-    const auto layers = static_cast<int64_t>(net.weights.size());
+    const auto layers = static_cast<int64_t>(net.widths.size()) - 1;
     int64_t at = 0;
     const auto rows = [&](int64_t n) { return std::exchange(at, at + n * kTile); };
-    parameters = net.widths[0] * net.channels;
+    const float* next = net.parameters + net.widths[0] * net.channels;
     for (int64_t l = 0; l < layers; ++l) {
-      inputs_at.push_back(rows(net.widths[l]));
-      parameters += net.widths[l + 1] * (net.widths[l] + 1);
+      const int64_t in = net.widths[l], out = net.widths[l + 1];
+      weights.push_back(std::exchange(next, next + in * out));
+      biases.push_back(std::exchange(next, next + out));
+      inputs_at.push_back(rows(in));
     }
-    for (int64_t width : net.widths) grads_at.push_back(rows(width));
+    parameters = next - net.parameters;
     inputs_at.push_back(0);
+    for (int64_t width : net.widths) grads_at.push_back(rows(width));
     const int64_t values_at = rows(net.channels), spare_at = rows(std::max(2 * net.widths.back(), net.channels));
-    tile = {net.weights.data(), net.biases.data(), net.value_weight, net.widths.data(), layers, net.channels,
-            net.slope,          net.bounded,       inputs_at.data(), grads_at.data(),   values_at, spare_at, at};
+    tile = {weights.data(), biases.data(), net.parameters, net.widths.data(), layers,    net.channels,
+            net.slope,      net.bounded,   inputs_at.data(), grads_at.data(), values_at, spare_at, at};
   }
   Layout(const Layout&) = delete;
 };

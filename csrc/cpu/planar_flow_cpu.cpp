@@ -177,7 +177,8 @@ struct Worker {
     product = allocate<float>(T * p.width);
     panel = at(0);
     float* v = vectors.get();
-    sums = {v, v + T * kMostLanes, v + 2 * T * kMostLanes, v + (2 * T + Z) * kMostLanes, v + (2 * T + 2 * Z) * kMostLanes};
+    sums = {v, v + T * kMostLanes, v + 2 * T * kMostLanes, v + (2 * T + Z) * kMostLanes,
+            v + (2 * T + 2 * Z) * kMostLanes};
   }
 
   Panel at(int64_t i) const {

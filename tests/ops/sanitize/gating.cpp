@@ -32,20 +32,13 @@ bool network(vamoh::Isa isa, int threads, int64_t n, std::vector<int64_t> widths
   vamoh::gating_coords(encoded.get(), {first.get(), other.get()}, {coords.get(), rest.get()}, {hidden, 2}, sets, n,
                        inputs, threads, isa);
   const Array shift(batch * hidden, -0.4f, 0.06f), values(batch * n * channels, 0, 0.06f);
-  const Array value_weight(hidden * channels, -0.2f, 0.03f);
-  std::vector<Array> weights, biases;
-  vamoh::GatingNet net{coords.get(), shared, shift.get(), channels ? values.get() : nullptr,
-                       channels ? value_weight.get() : nullptr, {}, {}, widths, batch, n, channels, 0.1f, bounded};
-  int64_t parameters = hidden * channels;
-  for (size_t l = 0; l + 1 < widths.size(); ++l) {
-    weights.emplace_back(widths[l + 1] * widths[l], -0.4f, 0.05f);
-    biases.emplace_back(widths[l + 1], -0.4f, 0.05f);
-    parameters += widths[l + 1] * (widths[l] + 1);
-    net.weights.push_back(weights.back().get());
-    net.biases.push_back(biases.back().get());
-  }
+  int64_t count = hidden * channels;
+  for (size_t l = 0; l + 1 < widths.size(); ++l) count += widths[l + 1] * (widths[l] + 1);
+  const Array parameters(count, -0.4f, 0.05f);
+  const vamoh::GatingNet net{coords.get(), shared, shift.get(), channels ? values.get() : nullptr, parameters.get(),
+                             widths, batch, n, channels, 0.1f, bounded};
   const Array log_p(batch * components * n), grad(log_p.size, -1, 0.2f);
-  const Array grad_coords(coords.size), grad_shift(shift.size), grad_values(values.size), grad_parameters(parameters);
+  const Array grad_coords(coords.size), grad_shift(shift.size), grad_values(values.size), grad_parameters(count);
   vamoh::gating(net, log_p.get(), threads, isa);
   vamoh::gating_backward(
       net, log_p.get(), grad.get(),
