@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vamoh import PointSet, VaMoH
 from vamoh.elbo import ElboTerms
-from vamoh.encoder import Neighborhood
+from vamoh.encoder import SLOPE, Neighborhood
 from vamoh.generator import Reconstruction
 from vamoh.latent import Posterior
 from vamoh.model import Neighborhoods, Noise
@@ -232,12 +232,12 @@ def _stages(case: Case, tag: str) -> Iterator[tuple[Any, ...]]:
     yield "features_all", points.values
     yield "enc/features_in", seen.values
     encoded = model.encoding(seen.coords)
-    pre_activation: list[Tensor] = []
-    hooks = [conv.register_forward_hook(lambda *a: pre_activation.append(a[2])) for conv in model.encoder.convs]
+    activated: list[Tensor] = []
+    hooks = [conv.register_forward_hook(lambda *a: activated.append(a[2])) for conv in model.encoder.convs]
     outputs = iter(model.encoder.stage_outputs(seen.values, encoded[None], hoods))
     for hook in hooks:
         hook.remove()
-    convolved = iter(pre_activation)
+    convolved = (torch.where(x > 0, x, x / SLOPE) for x in activated)
     for i, kind in enumerate(case.meta["encoder_layers"]):
         yield f"enc/{i}/out_features", next(convolved if kind == "PointConv" else outputs)
     logits = model.encoder(seen.values, encoded[None], hoods)

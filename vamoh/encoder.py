@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
-from vamoh.ops.point_conv import gather, point_conv
+from vamoh.ops.linear import linear
+from vamoh.ops.point_conv import gather, neighbor_difference, neighbor_mean, point_conv
 
 SLOPE = 0.2
 """LeakyReLU slope between the encoder's layers (the published code's)."""
@@ -64,15 +65,33 @@ class PointConvLayer(nn.Module):
         layers[-1].bias.div_(neighbors)
         nn.init.normal_(self.linear.weight, 0, math.sqrt(2 / (1 + SLOPE**2) / self.linear.in_features))
 
-    def forward(self, features: Tensor, encoded: Tensor, centroids: Tensor, neighbors: Tensor) -> Tensor:
-        """Features [B, N, C] at encoded coordinates [B|1, N, E] to [B, M, O] at the centroids."""
+    def forward(
+        self,
+        features: Tensor,
+        encoded: Tensor,
+        centroids: Tensor,
+        neighbors: Tensor,
+        points: Tensor | None = None,
+    ) -> Tensor:
+        """Features [B, N, C] at encoded coordinates [B|1, N, E] to activated [B, M, O] at the centroids.
+
+        points [B|1, N]: which of the encoded coordinates the features lie at; None: all in order.
+        """
         first, *rest = self._weight_layers()
+        weight: Tensor = first.weight
+        bias: Tensor = first.bias
+        if self.slope is None:  # the layers are one affine function of the offset
+            for layer in rest:
+                weight, bias = layer.weight @ weight, F.linear(bias, layer.weight, layer.bias)
         # The first layer is linear in the offset, so it is applied to points instead of pairs.
-        projected = F.linear(encoded, first.weight)
-        w = gather(projected, neighbors) - gather(projected, centroids)[:, :, None] + first.bias  # [B|1, M, S, Q]
-        for layer in rest:
-            w = layer(w if self.slope is None else F.leaky_relu(w, self.slope))
-        return point_conv(features, neighbors, w, self.linear.weight, self.linear.bias)
+        # The tall matrix of points goes where `linear` expects a weight matrix: it is read once, in place.
+        table = linear(weight[None], encoded.flatten(0, 1)[None], None)[0].mT.unflatten(0, encoded.shape[:2])
+        at = (neighbors, centroids) if points is None else (_select(points, neighbors), _select(points, centroids))
+        w = neighbor_difference(table, *at, bias)  # [B|1, M, S, Q]
+        if self.slope is not None:
+            for layer in rest:
+                w = layer(F.leaky_relu(w, self.slope))
+        return point_conv(features, neighbors, w, self.linear.weight, self.linear.bias, SLOPE)
 
     def _weight_layers(self) -> list[nn.Linear]:
         return [layer for layer in self.weight_net if isinstance(layer, nn.Linear)]
@@ -147,18 +166,27 @@ class Encoder(nn.Module):
         """Features [B, M, C] after every stage, from values [B, N, C] at encoded coordinates [B|1, N, E]."""
         convs = iter(self._conv_layers())
         outputs = [values]
+        points: Tensor | None = None  # which of `encoded` the last outputs lie at
         for stage, (centroids, neighbors) in zip(self.stages, neighborhoods, strict=True):
             chosen = centroids.clamp(min=0)
             if stage.channels is None:
-                outputs.append(gather(outputs[-1], neighbors).mean(2))
+                outputs.append(neighbor_mean(outputs[-1], neighbors))
             else:
-                outputs.append(F.leaky_relu(next(convs)(outputs[-1], encoded, chosen, neighbors), SLOPE))
-            encoded = gather(encoded, chosen)
+                outputs.append(next(convs)(outputs[-1], encoded, chosen, neighbors, points))
+            points = chosen if points is None else _select(points, chosen)
+            if points.shape[1] < encoded.shape[1]:
+                encoded, points = gather(encoded, points), None
         return outputs[1:]
 
     def forward(self, values: Tensor, encoded: Tensor, neighborhoods: Sequence[Neighborhood]) -> Tensor:
         """Head output [B, 2Z]: mean and log-variance of q(z)."""
-        return self.head(self.stage_outputs(values, encoded, neighborhoods)[-1].flatten(1))  # type: ignore[no-any-return]
+        features = self.stage_outputs(values, encoded, neighborhoods)[-1].flatten(1)
+        return linear(features[None], self.head.weight[None], self.head.bias[None])[0]
+
+
+def _select(values: Tensor, index: Tensor) -> Tensor:
+    """Entries `index` [B|1, ...] of values [B|1, N]."""
+    return gather(values[..., None], index)[..., 0]
 
 
 def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[Stage], batch: int, count: int) -> None:

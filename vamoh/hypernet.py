@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vamoh.layout import packed_size, unpack
+from vamoh.ops.linear import linear
 
 SLOPE = 0.1
 """LeakyReLU slope of the hypernetworks (the published code's)."""
@@ -59,5 +60,5 @@ class Hypernet(nn.Module):
         """θ [B, K, P] from z [B, Z]; P is contiguous."""
         h = z.expand(self.weights[0].shape[0], -1, -1)  # [K, B, Z]
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias[:, None], h if i == 0 else F.leaky_relu(h, SLOPE), weight.mT)
+            h = linear(h if i == 0 else F.leaky_relu(h, SLOPE), weight, bias)
         return h.transpose(0, 1)

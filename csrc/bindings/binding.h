@@ -17,4 +17,6 @@ void bind_farthest_point_sample(py::module_& m);
 void bind_gating(py::module_& m);
 void bind_inr_mixture(py::module_& m);
 void bind_knn(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_planar_flow(py::module_& m);
+void bind_point_conv(py::module_& m);

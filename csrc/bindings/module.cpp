@@ -15,5 +15,7 @@ PYBIND11_MODULE(_native, m) {
   bind_gating(m);
   bind_inr_mixture(m);
   bind_knn(m);
+  bind_linear(m);
   bind_planar_flow(m);
+  bind_point_conv(m);
 }

@@ -1,6 +1,8 @@
 // Scratch memory aligned for the widest vectors.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -21,6 +23,19 @@ using Buffer = std::unique_ptr<T[], AlignedDelete>;
 template <class T>
 Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(::operator new[](static_cast<size_t>(count) * sizeof(T), kAlignment)));
+}
+
+// Asks for huge pages where memory was not touched yet: the first write to it is then several times faster.
+inline void expect_huge(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

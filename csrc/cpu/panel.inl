@@ -8,26 +8,26 @@ constexpr int kRows = 6;
 constexpr int kColumns = VAMOH_VECTOR_BITS == 512 ? 4 : 2;
 constexpr int kBlock = kColumns * kLanes;  // floats across a register block; divides kPanel
 
-template <int R>
+template <int R, int J = kColumns>
 struct Accumulators {
-  V at[R][kColumns];
+  V at[R][J];
 };
 
 // sums[r][lane] += sum_k a[r * a_row + k * a_step] * b[k * b_step + lane]
-template <int R>
+template <int R, int J>
 inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                                    int64_t b_step, int64_t count, Accumulators<R>& sums) {
-  Accumulators<R> s = sums;
+                                                    int64_t b_step, int64_t count, Accumulators<R, J>& sums) {
+  Accumulators<R, J> s = sums;
 #pragma GCC unroll 1
   for (int64_t k = 0; k < count; ++k, a += a_step, b += b_step) {
-    V right[kColumns];
+    V right[J];
 #pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes);
-#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) right[j] = load(b + j * kLanes);
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       const V left = splat(a[r * a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) s.at[r][j] = fma(left, right[j], s.at[r][j]);
+      for (int j = 0; j < J; ++j) s.at[r][j] = fma(left, right[j], s.at[r][j]);
     }
   }
   sums = s;

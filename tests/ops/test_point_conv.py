@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vamoh.ops import point_conv
+from vamoh.ops import neighbor_difference, neighbor_mean, point_conv
 from vamoh.ops.point_conv import gather
 
 SIZES = [
@@ -16,6 +16,14 @@ SIZES = [
     (3, 7, 7, 1, 3, 1, 2),
     (2, 4, 9, 6, 1, 5, 3),
 ]  # B, N, M, S, C, Q, O
+LARGER = [
+    *SIZES,
+    (2, 40, 19, 9, 37, 16, 70),
+    (5, 30, 150, 11, 21, 16, 33),  # from here on, more rows than are stored
+    (3, 300, 700, 3, 18, 7, 20),
+    (130, 9, 5, 2, 3, 20, 6),
+    (2, 50, 600, 1, 300, 1, 5),
+]
 
 
 def inputs(b: int, n: int, m: int, s: int, c: int, q: int, o: int, shared: bool = False) -> list[Tensor]:
@@ -55,11 +63,165 @@ def test_matches_loops(size, shared):
     assert (single - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("slope", [1.0, 0.2, 0.0])
 @pytest.mark.parametrize("shared", [True, False])
-def test_gradients(shared):
+def test_gradients(shared, slope):
     features, neighbors, *rest = inputs(*SIZES[1], shared)
     differentiable = [t.requires_grad_() for t in (features, *rest)]
-    assert torch.autograd.gradcheck(lambda f, *r: point_conv(f, neighbors, *r), differentiable)
+    assert torch.autograd.gradcheck(lambda f, *r: point_conv(f, neighbors, *r, slope), differentiable)
+
+
+def run(arguments: list[Tensor], grad: Tensor, slope: float = 0.2, frozen: tuple[int, ...] = (1,), **options):
+    """The output and the gradients to all inputs but those `frozen`."""
+    leaves = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(arguments)]
+    out = point_conv(*leaves, slope, **options)
+    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t.requires_grad], grad)]
+
+
+def single(arguments: list[Tensor]) -> list[Tensor]:
+    return [t if t.dtype == torch.int64 else t.float() for t in arguments]
+
+
+def gradient(size: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(size[0], size[2], size[6])))
+
+
+def close(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(float((a.double() - b).norm()) <= 1e-6 * float(b.norm()) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("size", LARGER)
+def test_native_matches_float64(size, shared, isas, monkeypatch):
+    arguments, grad = inputs(*size, shared), gradient(size)
+    expected, threads = run(arguments, grad), torch.get_num_threads()
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(single(arguments), grad.float(), backend="cpu"))
+        torch.set_num_threads(threads)
+        assert close(results[0], expected)
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.0])
+@pytest.mark.parametrize("size", [LARGER[4], LARGER[5]])
+def test_activations(size, slope, backend):
+    arguments, grad = inputs(*size, True), gradient(size)
+    assert close(run(single(arguments), grad.float(), slope, backend=backend), run(arguments, grad, slope))
+
+
+@pytest.mark.parametrize("size", [LARGER[4], LARGER[5]])
+def test_features_without_gradient(size, backend):
+    arguments, grad = inputs(*size), gradient(size)
+    full = run(single(arguments), grad.float(), backend=backend)
+    part = run(single(arguments), grad.float(), frozen=(0, 1), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(part, [full[0], *full[2:]], strict=True))
+
+
+@pytest.mark.parametrize("empty", range(7))
+def test_empty(empty, backend):
+    size = tuple(0 if i == empty else n for i, n in enumerate(SIZES[1]))
+    if empty == 1:
+        size = tuple(0 if i in (1, 3) else n for i, n in enumerate(SIZES[1]))
+    arguments, grad = inputs(*size), gradient(size)
+    for got, expected in zip(run(single(arguments), grad.float(), backend=backend), run(arguments, grad), strict=True):
+        torch.testing.assert_close(got, expected.float())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_mean_of_neighbors(size, shared, backend):
+    features, neighbors = inputs(*size, shared)[:2]
+    leaf = features.float().requires_grad_()
+    out = neighbor_mean(leaf, neighbors, backend=backend)
+    every = neighbors.expand(size[0], -1, -1)
+    torch.testing.assert_close(out.double(), torch.stack([f[i].mean(1) for f, i in zip(features, every, strict=True)]))
+    grad = torch.from_numpy(np.random.default_rng(1).normal(size=out.shape))
+    (by_features,) = torch.autograd.grad(out, leaf, grad.float())
+    expected = torch.zeros_like(features)
+    for b, m, s in np.ndindex(*every.shape):
+        expected[b, every[b, m, s]] += grad[b, m] / every.shape[2]
+    torch.testing.assert_close(by_features.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_the_mean():
+    features, neighbors = inputs(*SIZES[1])[:2]
+    assert torch.autograd.gradcheck(lambda f: neighbor_mean(f, neighbors), features.requires_grad_())
+
+
+def difference_inputs(size: tuple[int, ...], table_shared: bool, index_shared: bool) -> list[Tensor]:
+    draw = np.random.default_rng([*size, table_shared, index_shared])
+    b, n, m, s, _, q, _ = size
+    tables, lead = 1 if table_shared else b, 1 if index_shared else b
+    arrays = [draw.normal(size=(tables, n, q)), draw.integers(0, n, (lead, m, s)), draw.integers(0, n, (lead, m))]
+    return [torch.from_numpy(a) for a in (*arrays, draw.normal(size=q))]
+
+
+@pytest.mark.parametrize("shared", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("size", [*LARGER, (3, 5, 0, 4, 2, 3, 4), (2, 5, 3, 0, 2, 3, 4)])
+def test_differences(size, shared, isas, monkeypatch):
+    arguments = difference_inputs(size, *shared)
+    table, neighbors, centroids, bias = (t.expand(size[0], *t.shape[1:]) if t.dim() > 1 else t for t in arguments)
+    each = zip(table, neighbors, centroids, strict=True)
+    expected = torch.stack([t[near] - t[own][:, None] + bias for t, near, own in each])
+    grad = torch.from_numpy(np.random.default_rng(1).normal(size=expected.shape))
+    by_table = torch.zeros_like(table)
+    for b, m in np.ndindex(*centroids.shape):
+        by_table[b].index_add_(0, neighbors[b, m], grad[b, m])
+        by_table[b, centroids[b, m]] -= grad[b, m].sum(0)
+    if shared[0]:
+        by_table = by_table.sum(0, keepdim=True)
+    batch = 1 if all(shared) else size[0]
+    threads = torch.get_num_threads()
+    if batch != size[0]:
+        expected, grad, by_table = expected[:1], grad.sum(0, keepdim=True), by_table
+    for backend, isa in [("reference", isas[0]), *(("cpu", isa) for isa in isas)]:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            leaves = [t.requires_grad_(t.dtype != torch.int64) for t in single(arguments)]
+            out = neighbor_difference(*leaves, backend=backend)
+            results.append([out.detach(), *torch.autograd.grad(out, [leaves[0], leaves[3]], grad.float())])
+        torch.set_num_threads(threads)
+        assert close(results[0], [expected, by_table, grad.sum((0, 1, 2))])
+        if backend == "cpu":
+            assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_of_differences():
+    table, neighbors, centroids, bias = difference_inputs(SIZES[1], True, False)
+    leaves = [t.requires_grad_() for t in (table, bias)]
+    assert torch.autograd.gradcheck(lambda t, b: neighbor_difference(t, neighbors, centroids, b), leaves)
+
+
+def test_second_derivatives_are_refused(backend):
+    features, neighbors, *rest = single(inputs(*SIZES[1]))
+    features.requires_grad_()
+    results = (
+        point_conv(features, neighbors, *rest, backend=backend),
+        neighbor_mean(features, neighbors, backend=backend),
+        neighbor_difference(features, neighbors, neighbors[:, :, 0], torch.zeros(2), backend=backend),
+    )
+    for out in results:
+        with pytest.raises(RuntimeError, match="has no second derivatives"):
+            torch.autograd.grad(out.square().sum(), features, create_graph=True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_contract_of_a_torch_op(shared, backend):
+    arguments = single(inputs(*SIZES[1], shared))
+    leaves = [t.requires_grad_(t.dtype != torch.int64) for t in arguments]
+    torch.library.opcheck(torch.ops.vamoh.point_conv.default, (*leaves, 0.2, backend))
+    torch.library.opcheck(torch.ops.vamoh.neighbor_mean.default, (*leaves[:2], backend))
+    differences = single(difference_inputs(SIZES[1], False, shared))
+    differences = [t.requires_grad_(t.dtype != torch.int64) for t in differences]
+    torch.library.opcheck(torch.ops.vamoh.neighbor_difference.default, (*differences, backend))
+    compiled = torch.compile(point_conv, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert torch.equal(compiled(*leaves, 0.2, backend=backend), point_conv(*leaves, 0.2, backend=backend))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -113,6 +275,9 @@ def test_gather_serves_a_batch_of_one_on_either_side():
         ({"neighbors": torch.zeros(1, 4, 3).int()}, TypeError, "neighbors must have dtype int64, got int32"),
         ({"linear_weight": torch.zeros(7, 11)}, ValueError, r"linear_weight must have shape \[O, 12\], got \[7, 11\]"),
         ({"linear_bias": torch.zeros(6)}, ValueError, r"linear_bias must have shape \[7\], got \[6\]"),
+        ({"neighbors": torch.full((1, 4, 3), 5)}, ValueError, "neighbors must index the 5 points, got 5"),
+        ({"neighbors": torch.full((1, 4, 3), -1)}, ValueError, "neighbors must index the 5 points, got -1"),
+        ({"slope": -0.1}, ValueError, "slope must be at least 0, got -0.1"),
         ({"backend": "gpu"}, ValueError, "backend must be one of .*reference, got 'gpu'"),
     ],
 )

@@ -13,7 +13,10 @@ from vamoh.ops.inr_mixture import inr_mixture_expected_log_likelihood as inr_mix
 from vamoh.ops.inr_mixture import inr_mixture_log_likelihood as inr_mixture_log_likelihood
 from vamoh.ops.inr_mixture import inr_mixture_mean as inr_mixture_mean
 from vamoh.ops.knn import knn as knn
+from vamoh.ops.linear import linear as linear
 from vamoh.ops.planar_flow import planar_flow_expected_log_prob as planar_flow_expected_log_prob
 from vamoh.ops.planar_flow import planar_flow_log_prob as planar_flow_log_prob
 from vamoh.ops.planar_flow import planar_flow_sample as planar_flow_sample
+from vamoh.ops.point_conv import neighbor_difference as neighbor_difference
+from vamoh.ops.point_conv import neighbor_mean as neighbor_mean
 from vamoh.ops.point_conv import point_conv as point_conv

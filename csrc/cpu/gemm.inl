@@ -1,0 +1,177 @@
+// Products of matrices of any size on the register blocks of panel.inl. Needs simd.inl and panel.inl. Included by the
+// kernels, once per instruction set.
+//
+// Of the operands of a sum over k of a[row][k] * b[k][column], a is read in place, one value at a time, with any strides;
+// b lies in panels of kBlock columns, [count][kBlock], the last panel only as wide as it must be.
+
+constexpr int64_t kAhead = 1536;  // floats from a load of a large matrix to what is fetched meanwhile
+
+// Floats across panel `lane / kBlock` of n columns.
+inline int64_t panel_width(int64_t n, int64_t lane) {
+  const int64_t left = (n - lane + kLanes - 1) / kLanes * kLanes;
+  return left < kBlock ? left : kBlock;
+}
+
+// Rows of the register block of J vectors: no more than 12, whose addresses find room in registers too.
+template <int J>
+constexpr int kTall = kRows * kColumns / J < 12 ? kRows * kColumns / J : 12;
+
+template <int R, int J, class Init, class Done>
+inline void panel_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+                       int64_t count, int64_t row, int64_t lane, const Init& init, const Done& done) {
+  for (; row + R <= rows; row += R) {
+    Accumulators<R, J> sums;
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sums.at[r][j] = init(row + r, lane + j * kLanes);
+    multiply<R, J>(a + row * a_row, a_row, a_step, b, b_step, count, sums);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) done(row + r, lane + j * kLanes, sums.at[r][j]);
+  }
+  if constexpr (R > 1) panel_rows<R - 1, J>(a, a_row, a_step, b, b_step, rows, count, row, lane, init, done);
+}
+
+// For every row < rows and vector of the `width` (a panel_width) columns from `lane` on:
+//   done(row, lane, init(row, lane) + sum_k a[row * a_row + k * a_step] * b[k * b_step + lane of the panel])
+template <class Init, class Done>
+inline __attribute__((always_inline)) void panel_product(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                                         int64_t b_step, int64_t rows, int64_t count, int64_t lane,
+                                                         int64_t width, const Init& init, const Done& done) {
+  switch (width / kLanes) {
+    case 1: return panel_rows<kTall<1>, 1>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+#if VAMOH_VECTOR_BITS == 512
+    case 2: return panel_rows<kTall<2>, 2>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+    case 3: return panel_rows<kTall<3>, 3>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+#endif
+    default: return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+  }
+}
+
+inline Vi lane_numbers() {
+  Vi v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// Bit D of the row number changes places with bit D of the lane number.
+template <int D>
+inline __attribute__((always_inline)) void exchange(V& low, V& high) {
+  const V a = low, b = high;
+#if defined(__clang__)
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & D ? b[i ^ D] : a[i];
+    high[i] = i & D ? b[i] : a[i ^ D];
+  }
+#else
+  const Vi i = lane_numbers();
+  low = __builtin_shuffle(a, b, (i & D) != 0 ? (i ^ D) + kLanes : i);
+  high = __builtin_shuffle(a, b, (i & D) != 0 ? i + kLanes : (i ^ D));
+#endif
+}
+
+template <int D>
+inline __attribute__((always_inline)) void transpose_step(V* m) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & D)) exchange<D>(m[i], m[i + D]);
+}
+
+// The rows of m[kLanes] become its columns.
+inline __attribute__((always_inline)) void transpose(V* m) {
+  transpose_step<1>(m);
+  transpose_step<2>(m);
+  if constexpr (kLanes > 4) transpose_step<4>(m);
+  if constexpr (kLanes > 8) transpose_step<8>(m);
+}
+
+// A vector of which only the first n lanes are in memory; the others are 0.
+inline V load_part(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif VAMOH_VECTOR_BITS == 256
+  return _mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)));
+#else
+  V v = V{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline void store_part(float* p, V v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+#if VAMOH_VECTOR_BITS == 512
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#elif VAMOH_VECTOR_BITS == 256
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)), v);
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// Columns of a matrix, the last of whose vectors may end early, as where sums begin and end.
+struct FromPart {
+  const float* matrix;
+  int64_t step, columns;
+  bool empty;
+  V operator()(int64_t row, int64_t lane) const {
+    return empty ? V{} : load_part(matrix + row * step + lane, columns - lane);
+  }
+};
+struct ToPart {
+  float* matrix;
+  int64_t step, columns;
+  void operator()(int64_t row, int64_t lane, V v) const {
+    store_part(matrix + row * step + lane, v, columns - lane);
+  }
+};
+
+// to[c][r] = from[r][c], where row r >= rows of `from` counts as 0: `width` values per row of `to`, width >= rows a
+// multiple of kLanes. Rows of `from` are from_row apart, those of `to` to_row.
+inline void transpose_into(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                           int64_t to_row, int64_t width) {
+  for (int64_t r = 0; r < width; r += kLanes) {
+    int64_t c = 0;
+    if (r + kLanes <= rows)
+      for (; c + kLanes <= columns; c += kLanes) {
+        V m[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) m[i] = load(from + (r + i) * from_row + c);
+        transpose(m);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + (c + i) * to_row + r, m[i]);
+      }
+    for (; c < columns; ++c)
+      for (int64_t i = r; i < r + kLanes; ++i) to[c * to_row + i] = i < rows ? from[i * from_row + c] : 0;
+  }
+}
+
+// Panels of b[count][n], whose element (k, column) is at from + k * step + column * column_step.
+inline void pack(const float* from, int64_t step, int64_t column_step, int64_t count, int64_t n, float* to) {
+  if (column_step == 1) {  // whole rows, in the order of memory
+    for (int64_t k = 0; k < count; ++k, from += step)
+      for (int64_t lane = 0; lane < n; lane += kBlock) {
+        const int64_t width = panel_width(n, lane);
+        for (int64_t j = 0; j < width; j += kLanes) {
+          __builtin_prefetch(from + lane + j + kAhead);
+          store(to + lane * count + k * width + j, load_part(from + lane + j, n - lane - j));
+        }
+      }
+    return;
+  }
+  for (int64_t lane = 0; lane < n; lane += kBlock) {
+    const int64_t width = panel_width(n, lane), filled = n - lane < width ? n - lane : width;
+    const float* source = from + lane * column_step;
+    if (step == 1) {
+      transpose_into(source, column_step, filled, count, to + lane * count, width, width);
+    } else {
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t i = 0; i < width; ++i)
+          to[lane * count + k * width + i] = i < filled ? source[k * step + i * column_step] : 0;
+    }
+  }
+}
