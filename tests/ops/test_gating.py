@@ -353,7 +353,8 @@ def test_contract_of_torch_library(backend):
     torch.library.opcheck(ops.gating_coords, (encoded, [first, torch.randn(1, 3)], backend))
     for channels in (0, 2):
         net = draw(2, 9, 4, (3,), 2, channels, False).to(torch.float32)
-        arguments = *net[:2], *net[4:], *net[2:4], 0.125, True, backend
+        parameters = torch.randn(4 * channels + 3 * 5 + 2 * 4, requires_grad=True)
+        arguments = *net[:2], net.values, parameters, [4, 3, 2], 0.125, True, backend
         torch.library.opcheck(ops.gating, arguments)
     log_q, log_p = (log_probabilities(2, 2, 9, seed=s).float().requires_grad_() for s in (0, 1))
     mask = torch.rand(2, 9) < 0.5

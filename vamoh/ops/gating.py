@@ -19,7 +19,6 @@ from vamoh.ops._backend import items, native, native_isa, native_unavailable, re
 from vamoh.ops._points import check_mask
 
 Context = torch.autograd.function.FunctionCtx
-Network = tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor], list[Tensor], float, bool]
 
 
 def gating_coords(encoded: Tensor, weights: Sequence[Tensor], *, backend: str | None = None) -> list[Tensor]:
@@ -38,7 +37,7 @@ def gating_coords(encoded: Tensor, weights: Sequence[Tensor], *, backend: str | 
         check_tensor(where, f"weights[{i}]", weight, ["H", encoded.shape[-1]], like=encoded)
     batched = encoded if encoded.dim() == 3 else encoded[None]
     parts: list[Tensor] = torch.ops.vamoh.gating_coords(batched, list(weights), backend)
-    return parts if encoded.dim() == 3 else [part[0] for part in parts]
+    return parts if encoded.dim() == 3 else [part.squeeze(0) for part in parts]
 
 
 def gating(
@@ -82,13 +81,15 @@ def gating(
         check_tensor(where, f"biases[{i}]", bias, [inputs], like=shift)
     if not 0 <= slope <= 1:
         raise ValueError(f"{where}: slope must be between 0 and 1, got {slope}")
+    layers = [p.flatten() for layer in zip(weights, biases, strict=True) for p in layer]
+    first = [] if value_weight is None else [value_weight.flatten()]
+    parameters = torch.cat([*first, *layers]) if first or layers else shift.new_empty(0)
     log_p: Tensor = torch.ops.vamoh.gating(
         coords if coords.dim() == 3 else coords[None],
         shift,
         values,
-        value_weight,
-        list(weights),
-        list(biases),
+        parameters,
+        [hidden, *(bias.shape[0] for bias in biases)],
         slope,
         bounded,
         backend,
@@ -200,10 +201,8 @@ def _coords_backward(ctx: Context, grads: list[Tensor]) -> tuple[object, ...]:
 torch.library.register_autograd("vamoh::gating_coords", _coords_backward, setup_context=_coords_setup)
 
 
-_NETWORK = (
-    "Tensor coords, Tensor shift, Tensor? values, Tensor? value_weight, Tensor[] weights, Tensor[] biases, "
-    "float slope, bool bounded, "
-)
+# parameters is [value_weight, weights[0], biases[0], weights[1], ...] in one row
+_NETWORK = "Tensor coords, Tensor shift, Tensor? values, Tensor parameters, int[] widths, float slope, bool bounded, "
 torch.library.define("vamoh::gating", f"({_NETWORK}str? backend) -> Tensor")
 torch.library.define(
     "vamoh::gating_backward",
@@ -217,14 +216,13 @@ def _fake(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
     backend: str | None,
 ) -> Tensor:
-    return shift.new_empty(_shape(coords, shift, weights))
+    return _empty_log_p(coords, shift, widths)
 
 
 @torch.library.register_fake("vamoh::gating_backward")
@@ -234,44 +232,25 @@ def _backward_fake(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
     by_values: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    return _empty_grads(coords, shift, values, value_weight, weights, biases, by_values)
+    return _empty_grads(coords, shift, values, parameters, by_values)
 
 
-def _shape(coords: Tensor, shift: Tensor, weights: list[Tensor]) -> tuple[int, int, int]:
-    """Of the log-probabilities."""
-    components = weights[-1].shape[0] if weights else shift.shape[1]
-    return shift.shape[0], components, coords.shape[2]
+def _empty_log_p(coords: Tensor, shift: Tensor, widths: Sequence[int]) -> Tensor:
+    return shift.new_empty(shift.shape[0], widths[-1], coords.shape[2])
 
 
 def _empty_grads(
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    by_values: bool,
+    coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, by_values: bool
 ) -> tuple[Tensor, ...]:
-    return (
-        coords.new_empty(coords.shape),
-        shift.new_empty(shift.shape),
-        shift.new_empty(values.shape if by_values and values is not None else 0),
-        shift.new_empty(sum(p.numel() for p in _parameters(value_weight, weights, biases))),
-    )
-
-
-def _parameters(value_weight: Tensor | None, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
-    """In the order of `grad_parameters`."""
-    layers = [p for layer in zip(weights, biases, strict=True) for p in layer]
-    return layers if value_weight is None else [value_weight, *layers]
+    by_value = shift.new_empty(values.shape if by_values and values is not None else 0)
+    return coords.new_empty(coords.shape), shift.new_empty(shift.shape), by_value, shift.new_empty(parameters.shape)
 
 
 @torch.library.impl("vamoh::gating", "CompositeExplicitAutograd")
@@ -279,19 +258,18 @@ def _run(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
     backend: str | None,
 ) -> Tensor:
-    network = coords, shift, values, value_weight, weights, biases, slope, bounded
     if resolve("gating", shift.device, shift.dtype, backend) != "cpu":
-        return gating_reference(*network)
-    network = _contiguous(*network)
-    log_p = shift.new_empty(_shape(coords, shift, weights))
-    native().gating(net=_net(*network), log_p=log_p.data_ptr(), threads=torch.get_num_threads(), isa=native_isa())
+        return gating_reference(coords, shift, values, parameters, widths, slope, bounded)
+    coords, shift, parameters = coords.contiguous(), shift.contiguous(), parameters.contiguous()
+    values = None if values is None else values.contiguous()
+    log_p = _empty_log_p(coords, shift, widths)
+    native().gating(log_p=log_p.data_ptr(), **_arguments(coords, shift, values, parameters, widths, slope, bounded))
     return log_p
 
 
@@ -302,126 +280,99 @@ def _backward_run(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
     by_values: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    network = coords, shift, values, value_weight, weights, biases, slope, bounded
     if resolve("gating", shift.device, shift.dtype, backend) != "cpu":
-        return gating_backward_reference(grad, log_p, *network, by_values)
-    grads = _empty_grads(*network[:6], by_values)
-    grad, log_p, network = grad.contiguous(), log_p.contiguous(), _contiguous(*network)
+        return gating_backward_reference(
+            grad, log_p, coords, shift, values, parameters, widths, slope, bounded, by_values
+        )
+    coords, shift, parameters = coords.contiguous(), shift.contiguous(), parameters.contiguous()
+    values = None if values is None else values.contiguous()
+    grad, log_p = grad.contiguous(), log_p.contiguous()
+    grads = _empty_grads(coords, shift, values, parameters, by_values)
     native().gating_backward(
-        net=_net(*network),
         grad=grad.data_ptr(),
         log_p=log_p.data_ptr(),
         grad_coords=grads[0].data_ptr(),
         grad_shift=grads[1].data_ptr(),
         grad_values=grads[2].data_ptr() if by_values else 0,
         grad_parameters=grads[3].data_ptr(),
-        threads=torch.get_num_threads(),
-        isa=native_isa(),
+        **_arguments(coords, shift, values, parameters, widths, slope, bounded),
     )
     return grads
 
 
-def _contiguous(
+def _arguments(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
-) -> Network:
-    return (
-        coords.contiguous(),
-        shift.contiguous(),
-        None if values is None else values.contiguous(),
-        None if value_weight is None else value_weight.contiguous(),
-        [w.contiguous() for w in weights],
-        [b.contiguous() for b in biases],
-        slope,
-        bounded,
-    )
-
-
-def _net(
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    slope: float,
-    bounded: bool,
-) -> object:
-    """What the native module takes for a network; holds addresses only."""
-    return native().GatingNet(
+) -> dict[str, object]:
+    net = native().GatingNet(
         coords=coords.data_ptr(),
         shared=coords.shape[0] == 1,
         shift=shift.data_ptr(),
         values=0 if values is None else values.data_ptr(),
-        value_weight=0 if value_weight is None else value_weight.data_ptr(),
-        weights=[w.data_ptr() for w in weights],
-        biases=[b.data_ptr() for b in biases],
-        widths=[shift.shape[1], *(b.shape[0] for b in biases)],
+        parameters=parameters.data_ptr(),
+        widths=widths,
         batch=shift.shape[0],
         count=coords.shape[2],
         channels=0 if values is None else values.shape[2],
         slope=slope,
         bounded=bounded,
     )
+    return {"net": net, "threads": torch.get_num_threads(), "isa": native_isa()}
 
 
 def _setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-    coords, shift, values, value_weight, weights, biases, slope, bounded, backend = inputs
-    layers = _parameters(None, weights, biases)
-    ctx.has_values = values is not None  # type: ignore[attr-defined]
-    ctx.save_for_backward(output, coords, shift, *([values, value_weight] if values is not None else []), *layers)
-    ctx.rest = slope, bounded, backend  # type: ignore[attr-defined]
+    coords, shift, values, parameters, *rest = inputs
+    ctx.save_for_backward(output, coords, shift, values, parameters)
+    ctx.rest = rest  # type: ignore[attr-defined]
 
 
-def _backward(ctx: Context, grad: Tensor) -> tuple[object, ...]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     _first_derivative_only("gating")
-    log_p, coords, shift, *layers = ctx.saved_tensors  # type: ignore[attr-defined]
-    values, value_weight = (layers.pop(0), layers.pop(0)) if ctx.has_values else (None, None)  # type: ignore[attr-defined]
-    weights, biases = layers[::2], layers[1::2]
-    slope, bounded, backend = ctx.rest  # type: ignore[attr-defined]
-    by_values = values is not None and ctx.needs_input_grad[2]  # type: ignore[attr-defined]
-    grad_coords, grad_shift, grad_values, packed = torch.ops.vamoh.gating_backward(
-        grad, log_p, coords, shift, values, value_weight, weights, biases, slope, bounded, by_values, backend
+    *rest, backend = ctx.rest  # type: ignore[attr-defined]
+    by_values = ctx.needs_input_grad[2]  # type: ignore[attr-defined]
+    grad_coords, grad_shift, grad_values, grad_parameters = torch.ops.vamoh.gating_backward(
+        grad,
+        *ctx.saved_tensors,  # type: ignore[attr-defined]
+        *rest,
+        by_values,
+        backend,
     )
-    parameters = _parameters(value_weight, weights, biases)
-    grads = [g.view(p.shape) for g, p in zip(packed.split([p.numel() for p in parameters]), parameters, strict=True)]
-    by_value_weight = grads.pop(0) if values is not None else None
-    by_layer = grads[::2], grads[1::2]
-    return (grad_coords, grad_shift, grad_values if by_values else None, by_value_weight, *by_layer, None, None, None)
+    return grad_coords, grad_shift, grad_values if by_values else None, grad_parameters, *(None,) * 4
 
 
 torch.library.register_autograd("vamoh::gating", _backward, setup_context=_setup)
 
 
+def _split(parameters: Tensor, widths: Sequence[int], channels: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Weight [H, C] of the values, and weight and bias of every layer after the first."""
+    shapes = [size for i, o in zip(widths[:-1], widths[1:], strict=True) for size in (o * i, o)]
+    first, *rest = parameters.split([widths[0] * channels, *shapes])
+    weights = [w.view(-1, i) for w, i in zip(rest[::2], widths[:-1], strict=True)]
+    return first.view(widths[0], channels), list(zip(weights, rest[1::2], strict=True))
+
+
 def _hidden(
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    slope: float,
+    coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, widths: Sequence[int], slope: float
 ) -> tuple[list[Tensor], Tensor]:
     """Inputs [B, I, N] of the layers after the first, and the output of the last."""
+    value_weight, layers = _split(parameters, widths, 0 if values is None else values.shape[2])
     h = coords + shift[:, :, None]  # [B, H, N]
-    if values is not None and value_weight is not None:
+    if values is not None:
         h = h + value_weight @ values.mT
     inputs = []
-    for weight, bias in zip(weights, biases, strict=True):
+    for weight, bias in layers:
         inputs.append(F.leaky_relu(h, slope))
         h = weight @ inputs[-1] + bias[:, None]
     return inputs, h
@@ -431,14 +382,13 @@ def gating_reference(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
 ) -> Tensor:
     """Plain torch: log-probabilities [B, K, N] from coords [B, H, N] or [1, H, N]."""
-    _, h = _hidden(coords, shift, values, value_weight, weights, biases, slope)
+    _, h = _hidden(coords, shift, values, parameters, widths, slope)
     return (h.tanh() if bounded else h).log_softmax(1)
 
 
@@ -448,28 +398,28 @@ def gating_backward_reference(
     coords: Tensor,
     shift: Tensor,
     values: Tensor | None,
-    value_weight: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    parameters: Tensor,
+    widths: Sequence[int],
     slope: float,
     bounded: bool,
     by_values: bool,
 ) -> tuple[Tensor, ...]:
-    """Plain torch: gradients of coords, shift, values (empty unless asked for) and, in one row, of the parameters."""
-    inputs, h = _hidden(coords, shift, values, value_weight, weights, biases, slope)
+    """Plain torch: gradients of coords, shift, values (empty unless asked for) and parameters."""
+    inputs, h = _hidden(coords, shift, values, parameters, widths, slope)
+    value_weight, layers = _split(parameters, widths, 0 if values is None else values.shape[2])
     d = grad - log_p.exp() * grad.sum(1, keepdim=True)
     if bounded:
         d = d * (1 - h.tanh().square())
-    layers: list[Tensor] = []
-    for weight, before in zip(reversed(weights), reversed(inputs), strict=True):
-        layers = [(d @ before.mT).sum(0).flatten(), d.sum((0, 2)), *layers]
+    grads: list[Tensor] = []
+    for (weight, _), before in zip(reversed(layers), reversed(inputs), strict=True):
+        grads = [(d @ before.mT).sum(0).flatten(), d.sum((0, 2)), *grads]
         d = weight.mT @ d
         d = torch.where(before > 0, d, slope * d)
-    if values is not None and value_weight is not None:
-        layers = [(d @ values).sum(0).flatten(), *layers]
+    if values is not None:
+        grads = [(d @ values).sum(0).flatten(), *grads]
     grad_coords = d.sum(0, keepdim=True) if coords.shape[0] == 1 else d.contiguous()
-    grad_values = d.mT @ value_weight if by_values and value_weight is not None else shift.new_empty(0)
-    return grad_coords, d.sum(2), grad_values, torch.cat([shift.new_empty(0), *layers])
+    grad_values = d.mT @ value_weight if by_values else shift.new_empty(0)
+    return grad_coords, d.sum(2), grad_values, torch.cat([shift.new_empty(0), *grads])
 
 
 torch.library.define(
