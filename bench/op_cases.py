@@ -1,0 +1,228 @@
+"""The ops of `vamoh.ops` at the sizes that the presets give them, and the parts of the model that are none.
+
+To add an op, write a function that yields `OpCase`s from the sizes of a preset, and list it in OPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import counts
+from bench.cases import BATCH, CHANNELS, NAMES, SHAPE, config, coordinates, sizes, symmetric
+from bench.counts import Count, Sizes
+from vamoh import ops
+from vamoh.config import ModelConfig
+from vamoh.encoding import FourierFeatures
+from vamoh.gating import Gating
+from vamoh.hypernet import Hypernet
+from vamoh.latent import FlowPrior
+from vamoh.layout import packed_size
+from vamoh.ops.inr_mixture import Inr
+from vamoh.ops.likelihood import Likelihood
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op at one size.
+
+    build: makes the inputs and returns the call, whose floating results are differentiated where `backward` is given.
+    forward, backward: what they need; an op that finds its gradient in the forward pass has all of it in `forward`.
+    """
+
+    preset: str
+    op: str
+    build: Callable[[], tuple[Callable[[], Any], Sequence[Tensor]]]
+    forward: Count
+    backward: Count | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in the list of tests."""
+        return f"{self.preset}-{self.op}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the makers of cases need to know."""
+
+    name: str
+    sizes: Sizes
+    model: ModelConfig
+    mirrored: bool
+
+    @property
+    def inr(self) -> Inr:
+        """Architecture of the coordinate networks."""
+        return Inr(self.sizes.inr, self.model.inr_activation, self.model.inr_slope, self.model.inr_omega)
+
+    def coords(self) -> Tensor:
+        """Observed points [N, D]."""
+        coords = coordinates(self.name)
+        if len(coords) == self.sizes.points:
+            return coords
+        return coords[torch.randperm(len(coords), generator=_generator())[: self.sizes.points].sort().values]
+
+    def features(self) -> Tensor:
+        """Their Fourier features [N, E]."""
+        coords = self.coords()
+        return FourierFeatures(coords.shape[1], self.sizes.inr[0] // 2, self.model.frequency_scale, False)(coords)
+
+    def values(self) -> Tensor:
+        """Values [B, N, C] in [0, 1]."""
+        return torch.rand(self.sizes.batch, self.sizes.points, CHANNELS[self.name], generator=_generator())
+
+    def theta(self) -> Tensor:
+        """Parameters [B, K, P] of about the scale of trained ones."""
+        s = self.sizes
+        theta = torch.randn(s.batch, s.components, packed_size(s.inr), generator=_generator())
+        return theta.mul_(0.1).requires_grad_()
+
+
+def presets() -> Iterator[Preset]:
+    """The five, from their configurations alone."""
+    for name in NAMES:
+        settings = config(name)
+        points = settings.train.num_points or torch.Size(SHAPE[name]).numel()
+        of = sizes(settings, CHANNELS[name], points, BATCH[name])
+        yield Preset(name, of, settings.model, settings.train.num_points is None and symmetric(coordinates(name)))
+
+
+def _farthest_point_sample(p: Preset) -> Iterator[OpCase]:
+    stage = max((c for c in p.sizes.convs if c.centroids < c.points), key=lambda c: c.centroids * c.points)
+    encoded = p.sizes.inr[0]
+
+    def build() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        features = p.features()[: stage.points].contiguous()
+        return lambda: ops.farthest_point_sample(features, stage.centroids), ()
+
+    count = counts.farthest_point_sample(1, stage.points, encoded, stage.centroids)
+    yield OpCase(p.name, "farthest_point_sample", build, count)
+
+
+def _knn(p: Preset) -> Iterator[OpCase]:
+    stage = max(p.sizes.convs, key=lambda c: c.centroids * c.points)
+
+    def build() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        features = p.features()[: stage.points].contiguous()
+        queries = features[: stage.centroids].contiguous()
+        return lambda: ops.knn(features, queries, stage.neighbors), ()
+
+    yield OpCase(p.name, "knn", build, counts.knn(1, stage.points, stage.centroids, p.sizes.inr[0], stage.neighbors))
+
+
+def _point_conv(p: Preset) -> Iterator[OpCase]:
+    batch, width = p.sizes.batch, p.sizes.weight_net[-1]
+    for i, stage in enumerate(s for s in p.sizes.convs if s.out is not None):
+
+        def build(stage: counts.Conv = stage, first: bool = i == 0) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+            g = _generator()
+            features = torch.randn(batch, stage.points, stage.channels, generator=g).requires_grad_(not first)
+            # Neighbours lie close together, as in a grid: a window of consecutive points around each centroid.
+            centers = torch.linspace(0, stage.points - stage.neighbors, stage.centroids).long()
+            neighbors = (centers[:, None] + torch.arange(stage.neighbors))[None]
+            weights = torch.randn(1, stage.centroids, stage.neighbors, width, generator=g).requires_grad_()
+            linear = torch.randn(stage.out, stage.channels * width, generator=g).requires_grad_()
+            bias = torch.zeros(stage.out).requires_grad_()
+            leaves = [x for x in (features, weights, linear, bias) if x.requires_grad]
+            return lambda: ops.point_conv(features, neighbors, weights, linear, bias), leaves
+
+        forward = counts.point_conv_forward(batch, stage, width)
+        backward = counts.point_conv_backward(batch, stage, width, features=i > 0)
+        yield OpCase(p.name, f"point_conv{i}", build, forward, backward)
+
+
+def _planar_flow(p: Preset) -> Iterator[OpCase]:
+    latent, depth, samples = p.sizes.latent, p.sizes.flow_layers, p.sizes.samples * p.sizes.batch
+
+    def flow() -> FlowPrior:
+        return FlowPrior(latent, depth, identity=True)
+
+    def log_prob() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        prior = flow()
+        z = torch.randn(samples, latent, generator=_generator())
+        return lambda: ops.planar_flow_log_prob(z, prior.flow), list(prior.parameters())
+
+    def sample() -> tuple[Callable[[], Any], Sequence[Tensor]]:
+        parameters = flow().requires_grad_(False).flow
+        noise = torch.randn(p.sizes.samples, latent, generator=_generator())
+        return lambda: ops.planar_flow_sample(noise, parameters), ()
+
+    yield OpCase(
+        p.name,
+        "planar_flow_log_prob",
+        log_prob,
+        counts.flow_forward(samples, latent, depth),
+        counts.flow_backward(samples, latent, depth),
+    )
+    yield OpCase(p.name, "planar_flow_sample", sample, counts.flow_forward(p.sizes.samples, latent, depth))
+
+
+def _inr_mixture(p: Preset) -> Iterator[OpCase]:
+    s, kind = p.sizes, Likelihood(p.model.likelihood, p.model.bin_width / 2, p.model.epsilon, p.model.open_ends)
+
+    def scale() -> Tensor:
+        return torch.full((s.components, CHANNELS[p.name]), 0.1)
+
+    def expected() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        theta, features, values = p.theta(), p.features(), p.values()
+        weights = torch.rand(s.batch, s.components, s.points, generator=_generator()).softmax(1).requires_grad_()
+        return lambda: ops.inr_mixture_expected_log_likelihood(theta, features, values, weights, scale(), p.inr, kind)[
+            0
+        ], [theta, weights]
+
+    def log_likelihood() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        theta, features, values = p.theta().detach(), p.features(), p.values()
+        return lambda: ops.inr_mixture_log_likelihood(theta, features, values, scale(), p.inr, kind), ()
+
+    def decode() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        theta, features = p.theta().detach(), p.features()
+        return lambda: ops.inr_mixture(theta, features, p.inr), ()
+
+    of = (s.batch, s.components, s.points, s.inr, p.mirrored)
+    # The backward pass only multiplies by the incoming gradient, so forward and backward together do the work.
+    yield OpCase(p.name, "inr_mixture_expected_log_likelihood", expected, counts.inr_train(*of), Count(0, 0))
+    yield OpCase(p.name, "inr_mixture_log_likelihood", log_likelihood, counts.inr_forward(*of))
+    yield OpCase(p.name, "inr_mixture", decode, counts.inr_forward(*of))
+
+
+def _gating(p: Preset) -> Iterator[OpCase]:
+    s, encoded = p.sizes, p.sizes.inr[0]
+    for name, channels in (("prior", 0), ("posterior", CHANNELS[p.name])):
+
+        def build(channels: int = channels) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+            net = Gating(encoded, channels, s.latent, s.gating[:-1], s.components, True)
+            features, values = p.features(), p.values() if channels else None
+            z = torch.randn(s.batch, s.latent, generator=_generator()).requires_grad_()
+            return lambda: net(features, z, values), [z, *net.parameters()]
+
+        of = (s.batch, s.points, encoded, channels, s.latent, s.gating)
+        yield OpCase(p.name, f"gating_{name}", build, counts.gating_forward(*of), counts.gating_backward(*of))
+
+
+def _hypernet(p: Preset) -> Iterator[OpCase]:
+    s = p.sizes
+
+    def build() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        net = Hypernet(s.latent, s.components, s.hypernet[1:-1], s.inr, published=False)
+        z = torch.randn(s.batch, s.latent, generator=_generator()).requires_grad_()
+        return lambda: net(z), [z, *net.parameters()]
+
+    of = (s.batch, s.components, s.hypernet)
+    yield OpCase(p.name, "hypernet", build, counts.hypernet_forward(*of), counts.hypernet_backward(*of))
+
+
+OPS = (_farthest_point_sample, _knn, _point_conv, _planar_flow, _inr_mixture, _gating, _hypernet)
+
+
+def op_cases() -> Iterator[OpCase]:
+    """Every case."""
+    return (case for preset in presets() for op in OPS for case in op(preset))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
