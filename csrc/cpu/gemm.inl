@@ -1,10 +1,42 @@
 // Products of matrices of any size on the register blocks of panel.inl. Needs simd.inl and panel.inl. Included by the
 // kernels, once per instruction set.
 //
-// Of the operands of a sum over k of a[row][k] * b[k][column], a is read in place, one value at a time, with any strides;
-// b lies in panels of kBlock columns, [count][kBlock], the last panel only as wide as it must be.
+// Of the operands of a sum over k of a[row][k] * b[k][column], a is read in place, one value at a time, with any
+// strides; b lies in panels of kBlock columns, [count][kBlock], the last panel only as wide as it must be.
 
 constexpr int64_t kAhead = 1536;  // floats from a load of a large matrix to what is fetched meanwhile
+
+inline Vi lane_numbers() {
+  Vi v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// A vector of which only the first n lanes are in memory; the others are 0.
+inline V load_part(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif VAMOH_VECTOR_BITS == 256
+  return _mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)));
+#else
+  V v = V{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline void store_part(float* p, V v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+#if VAMOH_VECTOR_BITS == 512
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#elif VAMOH_VECTOR_BITS == 256
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)), v);
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
 
 // Floats across panel `lane / kBlock` of n columns.
 inline int64_t panel_width(int64_t n, int64_t lane) {
@@ -16,45 +48,64 @@ inline int64_t panel_width(int64_t n, int64_t lane) {
 template <int J>
 constexpr int kTall = kRows * kColumns / J < 12 ? kRows * kColumns / J : 12;
 
-template <int R, int J, class Init, class Done>
-inline void panel_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
-                       int64_t count, int64_t row, int64_t lane, const Init& init, const Done& done) {
-  for (; row + R <= rows; row += R) {
-    Accumulators<R, J> sums;
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sums.at[r][j] = init(row + r, lane + j * kLanes);
-    multiply<R, J>(a + row * a_row, a_row, a_step, b, b_step, count, sums);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) done(row + r, lane + j * kLanes, sums.at[r][j]);
+inline V leaky(V v, float slope) { return v > 0.0f ? v : v * slope; }
+
+// Where sums begin and end: at from[row * from_step + lane] (a bias has step 0; null: at zero), and as
+// leaky(sum) at to[row * to_step + lane]. Lanes from `columns` on are not in memory.
+struct Sums {
+  const float* from;
+  int64_t from_step;
+  float* to;
+  int64_t to_step, columns;
+  float slope = 1;       // 1: as they are
+  bool streams = false;  // past the caches: whole aligned vectors of a large output that nothing reads soon
+
+  V begin(int64_t row, int64_t lane) const {
+    return from ? load_part(from + row * from_step + lane, columns - lane) : V{};
   }
-  if constexpr (R > 1) panel_rows<R - 1, J>(a, a_row, a_step, b, b_step, rows, count, row, lane, init, done);
+  void end(int64_t row, int64_t lane, V v) const {
+    float* const place = to + row * to_step + lane;
+    v = leaky(v, slope);
+#if VAMOH_VECTOR_BITS == 512
+    if (streams) return _mm512_stream_ps(place, v);
+#elif VAMOH_VECTOR_BITS == 256
+    if (streams) return _mm256_stream_ps(place, v);
+#endif
+    store_part(place, v, columns - lane);
+  }
+};
+
+template <int R, int J>
+inline void panel_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+                       int64_t count, int64_t row, int64_t lane, const Sums& sums) {
+  for (; row + R <= rows; row += R) {
+    Accumulators<R, J> block;
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) block.at[r][j] = sums.begin(row + r, lane + j * kLanes);
+    multiply<R, J>(a + row * a_row, a_row, a_step, b, b_step, count, block);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sums.end(row + r, lane + j * kLanes, block.at[r][j]);
+  }
+  constexpr int kLess = J == kColumns ? R - 1 : R / 2;  // whole rests where blocks are low, few blocks to compile else
+  if constexpr (kLess > 0) panel_rows<kLess, J>(a, a_row, a_step, b, b_step, rows, count, row, lane, sums);
 }
 
 // For every row < rows and vector of the `width` (a panel_width) columns from `lane` on:
-//   done(row, lane, init(row, lane) + sum_k a[row * a_row + k * a_step] * b[k * b_step + lane of the panel])
-template <class Init, class Done>
-inline __attribute__((always_inline)) void panel_product(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                                         int64_t b_step, int64_t rows, int64_t count, int64_t lane,
-                                                         int64_t width, const Init& init, const Done& done) {
+//   sums.end(row, lane, sums.begin(row, lane) + sum_k a[row * a_row + k * a_step] * b[k * b_step + lane of the panel])
+void panel_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+                   int64_t count, int64_t lane, int64_t width, const Sums& sums) {
   switch (width / kLanes) {
-    case 1: return panel_rows<kTall<1>, 1>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+    case 1: return panel_rows<kTall<1>, 1>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
 #if VAMOH_VECTOR_BITS == 512
-    case 2: return panel_rows<kTall<2>, 2>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
-    case 3: return panel_rows<kTall<3>, 3>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+    case 2: return panel_rows<kTall<2>, 2>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+    case 3: return panel_rows<kTall<3>, 3>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
 #endif
-    default: return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, init, done);
+    default: return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
   }
-}
-
-inline Vi lane_numbers() {
-  Vi v;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
 }
 
 // Bit D of the row number changes places with bit D of the lane number.
@@ -87,48 +138,6 @@ inline __attribute__((always_inline)) void transpose(V* m) {
   if constexpr (kLanes > 4) transpose_step<4>(m);
   if constexpr (kLanes > 8) transpose_step<8>(m);
 }
-
-// A vector of which only the first n lanes are in memory; the others are 0.
-inline V load_part(const float* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-#if VAMOH_VECTOR_BITS == 512
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-#elif VAMOH_VECTOR_BITS == 256
-  return _mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)));
-#else
-  V v = V{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-inline void store_part(float* p, V v, int64_t n) {
-  if (n >= kLanes) return store(p, v);
-#if VAMOH_VECTOR_BITS == 512
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
-#elif VAMOH_VECTOR_BITS == 256
-  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)), v);
-#else
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-#endif
-}
-
-// Columns of a matrix, the last of whose vectors may end early, as where sums begin and end.
-struct FromPart {
-  const float* matrix;
-  int64_t step, columns;
-  bool empty;
-  V operator()(int64_t row, int64_t lane) const {
-    return empty ? V{} : load_part(matrix + row * step + lane, columns - lane);
-  }
-};
-struct ToPart {
-  float* matrix;
-  int64_t step, columns;
-  void operator()(int64_t row, int64_t lane, V v) const {
-    store_part(matrix + row * step + lane, v, columns - lane);
-  }
-};
 
 // to[c][r] = from[r][c], where row r >= rows of `from` counts as 0: `width` values per row of `to`, width >= rows a
 // multiple of kLanes. Rows of `from` are from_row apart, those of `to` to_row.

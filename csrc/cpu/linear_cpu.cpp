@@ -12,15 +12,16 @@ namespace vamoh {
 
 namespace {
 
-constexpr int64_t kRowsAtOnce = 512;          // rows m for which the weight is read once
-constexpr int64_t kThinRows = 24;             // up to this many rows, sums along the contraction
+constexpr int64_t kRowsAtOnce = 512;  // rows m for which the weight is read once
+constexpr int64_t kThinRows = 24;     // up to this many rows, sums along the contraction
 constexpr int64_t kOutsPerTask = 96;
-constexpr int64_t kDepth = 512;               // of a contraction between stores of its sums
+constexpr int64_t kDepth = 512;                  // of a contraction between stores of its sums
 constexpr int64_t kStrip = 512;                  // columns of grad_x of a task
 constexpr int64_t kTasks = 16;                   // enough to occupy the threads
 constexpr int64_t kOutsPerPart = 1024;           // at least, of a contraction that is cut
 constexpr int64_t kStreamed = int64_t{1} << 22;  // values of a gradient that no cache keeps until it is read
-constexpr int64_t kSmall = int64_t{1} << 17;  // multiplications that are not worth a second thread
+constexpr int64_t kSmall = int64_t{1} << 17;     // multiplications that are not worth a second thread
+constexpr int64_t kVector = 16;                  // floats of the widest vector
 
 struct Kernel {
   decltype(&portable::pack) pack;
@@ -50,8 +51,6 @@ Kernel kernel(Isa isa) {
 int useful_threads(const LinearSizes& s, int threads) {
   return s.groups * s.rows * s.in * s.out <= kSmall ? 1 : threads;
 }
-
-constexpr int64_t kVector = 16;  // floats of the widest vector
 
 int64_t blocks(int64_t size, int64_t step) { return (size + step - 1) / step; }
 
@@ -95,7 +94,8 @@ void linear_grad_x(const float* grad, Strides grad_at, const float* weight, floa
                    Isa isa) {
   const Kernel run = kernel(isa);
   threads = useful_threads(s, threads);
-  const int64_t strip = std::max<int64_t>(std::min(s.in, kStrip), 1), strips = blocks(s.in, strip), width = round_up(strip, kVector);
+  const int64_t strip = std::max<int64_t>(std::min(s.in, kStrip), 1), strips = blocks(s.in, strip);
+  const int64_t width = round_up(strip, kVector);
   const int64_t together = std::min(s.rows, kRowsAtOnce);
   // A matrix that gives few tasks is cut across the contraction too: by its size alone, so that sums do not depend on
   // the number of threads.

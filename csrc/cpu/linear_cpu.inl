@@ -2,14 +2,6 @@
 #include "panel.inl"
 #include "gemm.inl"
 
-// Scratch [rows][width] that holds sums between blocks of the contraction.
-struct FromScratch {
-  const float* scratch;
-  int64_t width;
-  bool empty;
-  V operator()(int64_t row, int64_t lane) const { return empty ? V{} : load(scratch + row * width + lane); }
-};
-
 // With few rows m, values are summed along the contraction instead: kThin rows of x share every vector of the weight.
 constexpr int kThinOuts = 3;
 constexpr int kThin = kRows * kColumns / kThinOuts;
@@ -91,7 +83,7 @@ void linear_forward(const float* weight, const float* bias, const float* x, int6
     for (int64_t lane = 0; lane < rows; lane += kBlock) {
       const int64_t width = panel_width(rows, lane);
       panel_product(weight + o0 * in + k, in, 1, panel + k * width, width, outs, count, lane, width,
-                    FromScratch{sums, padded, k == 0}, ToMatrix{sums, padded});
+                    {k == 0 ? nullptr : sums, padded, sums, padded, padded});
       panel += in * width;
     }
   }
@@ -115,22 +107,6 @@ void linear_forward(const float* weight, const float* bias, const float* x, int6
     }
 }
 
-// Written past the caches: whole aligned vectors of a large output that nothing reads soon.
-struct ToMemory {
-  float* matrix;
-  int64_t step;
-  void operator()(int64_t row, int64_t lane, V v) const {
-    float* const p = matrix + row * step + lane;
-#if VAMOH_VECTOR_BITS == 512
-    _mm512_stream_ps(p, v);
-#elif VAMOH_VECTOR_BITS == 256
-    _mm256_stream_ps(p, v);
-#else
-    store(p, v);
-#endif
-  }
-};
-
 // grad_x[m][i] for i0 <= i < i1 from outputs [o0, o1), as grad [m][o] weight [o][i]. Consecutive grad_x[m] are `step`
 // apart. packed [kPackedDepth][i1 - i0 padded to kLanes] is scratch.
 constexpr int64_t kPackedFrom = 32;  // rows m from which a copy of the weight pays
@@ -153,8 +129,8 @@ void linear_grad_x(const float* grad, int64_t grad_row, int64_t grad_value, cons
         for (int64_t k = 0; k < depth; ++k)
           for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + (depth + k) * in + lane + j);
       panel_product(grad + o * grad_value, grad_row, grad_value, in_place ? from + lane : packed + lane * count,
-                    in_place ? in : width, rows, count, lane, width, FromPart{grad_x, step, columns, o == o0},
-                    ToPart{grad_x, step, columns});
+                    in_place ? in : width, rows, count, lane, width,
+                    {o == o0 ? nullptr : grad_x, step, grad_x, step, columns});
     }
   }
 }
@@ -171,12 +147,8 @@ void linear_grad_weight(const float* grad, int64_t grad_row, int64_t grad_value,
     for (int64_t lane = 0; lane < in; lane += kBlock) {
       const int64_t width = panel_width(in, lane);
       float* to = grad_weight + lane;
-      if (streams)
-        panel_product(from, grad_value, grad_row, panel, width, o1 - o0, count, 0, width, FromZero{},
-                      ToMemory{to, in});
-      else
-        panel_product(from, grad_value, grad_row, panel + m * width, width, o1 - o0, count, 0, width,
-                      FromPart{to, in, in - lane, m == 0}, ToPart{to, in, in - lane});
+      panel_product(from, grad_value, grad_row, panel + m * width, width, o1 - o0, count, 0, width,
+                    {m == 0 ? nullptr : to, in, to, in, in - lane, 1, streams});
       panel += rows * width;
     }
   }

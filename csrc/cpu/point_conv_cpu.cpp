@@ -14,15 +14,15 @@ namespace vamoh {
 namespace {
 
 constexpr int64_t kRowsPerTask = 96;
-constexpr int64_t kColumns = 256;                // of the contracted features made at once, about
-constexpr int64_t kDepth = 128;                  // rows of them, for the gradient of linear_weight
-constexpr int64_t kFewRows = 512;                // up to this many, they are stored
-constexpr int64_t kTasks = 16;                   // enough to occupy the threads
-constexpr int64_t kRowsPerPart = 1024;           // at least, of a sum over rows that is cut
-constexpr int64_t kPairs = int64_t{1} << 22;     // gradients of single reads alive at once, at least one function's
+constexpr int64_t kColumns = 256;             // of the contracted features made at once, about
+constexpr int64_t kDepth = 128;               // rows of them, for the gradient of linear_weight
+constexpr int64_t kFewRows = 512;             // up to this many, they are stored
+constexpr int64_t kTasks = 16;                // enough to occupy the threads
+constexpr int64_t kRowsPerPart = 1024;        // at least, of a sum over rows that is cut
+constexpr int64_t kPairs = int64_t{1} << 22;  // gradients of single reads alive at once, at least one function's
 constexpr int64_t kPointsPerTask = 128;
 constexpr int64_t kPackedRows = 256;
-constexpr int64_t kVector = 16;                  // floats of the widest vector
+constexpr int64_t kVector = 16;  // floats of the widest vector
 
 struct Kernel {
   decltype(&portable::contract) contract;
@@ -193,7 +193,8 @@ void point_conv_backward(const float* grad, const float* out, const PointConvInp
     });
 
   const bool wanted = gradients.features != nullptr;
-  const int64_t group = std::min(s.batch, wanted ? std::max<int64_t>(kPairs / std::max<int64_t>(reads, 1), 1) : s.batch);
+  const int64_t fitting = std::max<int64_t>(kPairs / std::max<int64_t>(reads, 1), 1);
+  const int64_t group = wanted ? std::min(s.batch, fitting) : s.batch;
   const Buffer<float> pairs = allocate<float>(wanted ? group * reads : 0);
   const Readers readers(in.neighbors, !wanted ? 0 : s.shared ? 1 : s.batch, s.points, s.centroids * s.neighbors,
                         threads);

@@ -58,26 +58,6 @@ void pack_transposed(const float* linear_weight, int64_t in, int64_t outputs, in
   }
 }
 
-inline V leaky(V v, float slope) { return v > 0.0f ? v : v * slope; }
-
-struct FromBias {
-  const float* bias;
-  const float* matrix;
-  int64_t step, columns;
-  bool first;
-  V operator()(int64_t row, int64_t lane) const {
-    return load_part(first ? bias + lane : matrix + row * step + lane, columns - lane);
-  }
-};
-struct ToLeaky {
-  float* matrix;
-  int64_t step, columns;
-  float slope;
-  void operator()(int64_t row, int64_t lane, V v) const {
-    store_part(matrix + row * step + lane, leaky(v, slope), columns - lane);
-  }
-};
-
 // Rows [r0, r1) of the output. panels: linear_weight from pack_transposed. tile [r1 - r0][channels_at_once * Q].
 void forward_rows(const PointConvInputs& in, const PointConvSizes& s, const float* panels, int64_t r0, int64_t r1,
                   int64_t channels_at_once, float slope, float* tile, float* out) {
@@ -90,9 +70,10 @@ void forward_rows(const PointConvInputs& in, const PointConvSizes& s, const floa
     for (int64_t lane = 0; lane < s.outputs; lane += kBlock) {
       const int64_t width = panel_width(s.outputs, lane);
       const float* panel = panels + lane * inputs + c * s.width * width;
-      const FromBias init{in.linear_bias + lane, out + lane, s.outputs, s.outputs - lane, c == 0};
-      panel_product(tile, depth, 1, panel, width, rows, depth, 0, width, init,
-                    ToLeaky{out + lane, s.outputs, s.outputs - lane, end == s.channels ? slope : 1});
+      float* const to = out + lane;
+      panel_product(tile, depth, 1, panel, width, rows, depth, 0, width,
+                    {c == 0 ? in.linear_bias + lane : to, c == 0 ? 0 : s.outputs, to, s.outputs, s.outputs - lane,
+                     end == s.channels ? slope : 1});
     }
   }
 }
@@ -131,7 +112,7 @@ void grad_linear(const float* grad, const PointConvInputs& in, const PointConvSi
     contract(in, s, r, r + count, c0, c1, tile, padded);
     for (int64_t lane = 0; lane < columns; lane += kBlock)
       panel_product(grad + r * s.outputs, 1, s.outputs, tile + lane, padded, s.outputs, count, lane,
-                    panel_width(columns, lane), FromPart{to, step, columns, r == r0}, ToPart{to, step, columns});
+                    panel_width(columns, lane), {r == r0 ? nullptr : to, step, to, step, columns});
   }
 }
 
@@ -218,8 +199,8 @@ void backward_rows(const float* grad, const PointConvInputs& in, const PointConv
     const int64_t columns = (end - c) * s.width;
     for (int64_t lane = 0; lane < columns; lane += kBlock) {
       const int64_t width = panel_width(columns, lane);
-      panel_product(rows, s.outputs, 1, panels + lane * s.outputs, width, count, s.outputs, lane, width, FromZero{},
-                    ToPart{d, columns, columns});
+      panel_product(rows, s.outputs, 1, panels + lane * s.outputs, width, count, s.outputs, lane, width,
+                    {nullptr, 0, d, columns, columns});
     }
     panels += s.outputs * ((columns + kLanes - 1) / kLanes * kLanes);
     for (int64_t i = 0; i < count; ++i) {
