@@ -168,6 +168,13 @@ def test_maps():
     assert result.entropy[0, 2] == 0
 
 
+def test_probabilities_are_left_out_on_demand(inputs):
+    arguments = (inputs["theta"], 4, lambda index: inputs["features"][index], lambda f, i: inputs["log"][..., :1], INR)
+    whole, part = (decode(*arguments, Likelihood("bernoulli", K, 2), with_pi=keep) for keep in (True, False))
+    assert whole.pi.shape == (B, 4, K) and part.pi.shape == (B, 0, K)
+    assert torch.equal(whole.mean, part.mean) and torch.equal(whole.mean_map, part.mean_map)
+
+
 def test_progress_is_shown_on_demand(inputs, capsys):
     for progress in (False, True):
         decode(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vamoh.points as module
 from vamoh.points import (
     PointSet,
     antipodes,
@@ -257,6 +258,15 @@ def test_antipodes_of_points_that_have_few():
     most = torch.cat([cloud, -cloud.flip(0), torch.randn(10, 3, generator=g)])
     mirror = antipodes(most)
     assert mirror is not None and mirror.tolist() == [*range(99, -1, -1), *[-1] * 10]
+
+
+def test_antipodes_of_a_grid_in_parts(monkeypatch):
+    coords = grid_coords((5, 5))
+    whole = antipodes(coords)
+    for chunk in (1, 7, 24):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        assert torch.equal(antipodes(coords), whole)
+    assert torch.equal(whole, torch.arange(24, -1, -1))
 
 
 def test_antipodes_of_repeated_points():

@@ -183,6 +183,8 @@ def _run(name: str, options: dict[str, Any]) -> int:
     # Before torch loads OpenMP: threads that spin at every barrier stall each other when another program wants a core
     # (measured on 2 cores with one taken: 940 ms a step against 65 ms).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Fresh gradients of a large hypernetwork in huge pages: filling them is bound by page faults otherwise.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from vamoh import commands
 
     print(getattr(commands, name)(**options))

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from vamoh._cache import ContentCache
 from vamoh.points import antipodes
 
+_REMEMBERED = 1 << 18
+"""Most points of a grid whose opposites are remembered."""
+
 
 class FourierFeatures(nn.Module):
     """γ(x) = [cos 2πFx, sin 2πFx] with rows of F drawn from N(0, scale²); raw coordinates when `frequencies` is 0.
@@ -51,4 +54,6 @@ class FourierFeatures(nn.Module):
         """
         if not len(self.frequencies) or coords.dim() != 2 or torch.compiler.is_compiling():
             return None
+        if len(coords) > _REMEMBERED:
+            return antipodes(coords.detach())
         return self._mirrors.get((coords,), lambda: antipodes(coords.detach()))

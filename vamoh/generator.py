@@ -29,7 +29,7 @@ class Reconstruction:
     """Decoded functions at M points.
 
     mean [B, M, C]: mean of the mixture. mean_map [B, M, C]: mean of the most probable component.
-    pi [B, M, K]: probability of each component.
+    pi [B, M, K]: probability of each component; [B, 0, K] where it was left out.
     """
 
     mean: Tensor
@@ -91,18 +91,19 @@ def decode(
     *,
     shared: bool = True,
     mirror: Tensor | None = None,
+    with_pi: bool = True,
     progress: bool = False,
 ) -> Reconstruction:
     """Mixed means at M = count points, a bounded number at a time.
 
     encode maps indices [m] of points to their features, [m, E] if shared by the batch, else [B, m, E]; log_pi maps
     (features, indices) to log-probabilities [B, K, m] or [B, K, 1]. mirror [M]: opposite points, which are decoded
-    together. progress shows a bar on standard error.
+    together. with_pi False leaves pi out of the result; progress shows a bar on standard error.
     """
     batch, components, _ = theta.shape
     mean = theta.new_empty(batch, count, inr.widths[-1])
     mean_map = torch.empty_like(mean)
-    pi = theta.new_empty(batch, count, components)
+    pi = theta.new_empty(batch, count if with_pi else 0, components)
     step = max(1, _CHUNK // ((1 if shared else batch) * inr.widths[0] + batch * (components + _GATING)))
     with tqdm(total=count, desc="decode", unit="points", unit_scale=True, disable=not progress) as bar:
         for index, opposite in _parts(count, step, mirror, theta.device):
@@ -111,7 +112,8 @@ def decode(
             mean[:, index], mean_map[:, index] = inr_mixture_mean(
                 theta, features, log_p, inr, likelihood.op, mirror=opposite
             )
-            pi[:, index] = log_p.exp().mT
+            if with_pi:
+                pi[:, index] = log_p.exp().mT
             bar.update(len(index))
     return Reconstruction(mean, mean_map, pi)
 
@@ -120,14 +122,14 @@ def _parts(
     total: int, step: int, mirror: Tensor | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Point indices, at most `step` at a time, and the mirror among them; opposite points stay together."""
-    index = torch.arange(total, device=device)
     if total <= step:
-        yield index, mirror
+        yield torch.arange(total, device=device), mirror
         return
     if mirror is None or step == 1:
-        yield from ((part, None) for part in index.split(step))
+        for start in range(0, total, step):
+            yield torch.arange(start, min(start + step, total), device=device), None
         return
-    leading = index[(mirror < 0) | (mirror >= index)]
+    leading = ((mirror < 0) | (mirror >= torch.arange(total, device=device))).nonzero()[:, 0]
     for part in leading.split(step // 2):
         partner = mirror[part]
         paired = (partner != part) & (partner >= 0)

@@ -307,14 +307,15 @@ class VaMoH(nn.Module):
         return self._decode(z, coords, progress, (known, observed, posterior_at))
 
     @torch.no_grad()
-    def decode(self, z: Tensor, coords: Tensor, *, progress: bool = False) -> Reconstruction:
+    def decode(self, z: Tensor, coords: Tensor, *, with_pi: bool = True, progress: bool = False) -> Reconstruction:
         """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components.
 
-        Memory besides the result does not grow with M. progress shows a bar on standard error.
+        Besides the result and three indices per point, memory does not grow with M. with_pi False leaves the component
+        probabilities, the largest part, out of the result; progress shows a bar on standard error.
         """
         check_tensor("decode", "z", z, ["B", self.latent_dim], like=self.encoder.head.weight)
         self._check_coords("decode", coords, z.shape[0])
-        return self._decode(z, coords, progress)
+        return self._decode(z, coords, progress, with_pi=with_pi)
 
     @torch.no_grad()
     def sample(self, count: int, coords: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
@@ -373,6 +374,7 @@ class VaMoH(nn.Module):
         coords: Tensor,
         progress: bool,
         posterior: tuple[Tensor, Tensor, Tensor] | None = None,
+        with_pi: bool = True,
     ) -> Reconstruction:
         """Decode with the prior over components, or the posterior where `posterior` has an observed point.
 
@@ -415,6 +417,7 @@ class VaMoH(nn.Module):
             self.likelihood,
             shared=coords.dim() == 2,
             mirror=self.encoding.mirror(coords),
+            with_pi=with_pi,
             progress=progress,
         )
 

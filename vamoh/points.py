@@ -169,6 +169,10 @@ class PointSet:
         )
 
 
+_CHUNK = 1 << 20
+"""Points looked at together where a fine grid would need much memory."""
+
+
 def antipodes(coords: Tensor) -> Tensor | None:
     """Which point lies opposite to each, -x to x: index int64 [N], -1 where none does, or None if few do.
 
@@ -176,11 +180,13 @@ def antipodes(coords: Tensor) -> Tensor | None:
     Symmetric grids let the coordinate networks be computed for half of the points.
     """
     count = coords.shape[0]
-    index = torch.arange(count, device=coords.device)
     largest = coords.abs().max() if coords.numel() else coords.new_zeros(())
     tolerance = largest * 2**-22
-    if (coords + coords.flip(0)).abs().le(tolerance).all():  # the usual grid, in row-major order
-        return index.flip(0)
+    parts = [slice(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    opposite = ((coords[p] + coords[count - p.stop : count - p.start].flip(0)).abs() <= tolerance for p in parts)
+    if all(bool(same.all()) for same in opposite):  # the usual grid, in row-major order
+        return torch.arange(count - 1, -1, -1, device=coords.device)
+    index = torch.arange(count, device=coords.device)
     cells = torch.round(coords / largest * 2**14).long()
     key = coords.new_zeros(count, dtype=torch.int64)
     for column in cells.unbind(-1):  # odd in x, so that -x has the negative key; wraps around
