@@ -29,6 +29,8 @@ from vamoh.checkpoint import new_model
 from vamoh.config import PRESETS, Config
 from vamoh.layout import packed_size
 from vamoh.model import Neighborhoods, Noise
+from vamoh.ops import CounterNoise
+from vamoh.ops._noise import counter_noise_reference
 from vamoh.points import grid_shape, sphere_grid_shape
 
 BATCH = {"polymnist": 64, "shapes3d": 16, "era5": 16, "shapenet": 8, "celebahq": 8}
@@ -127,6 +129,13 @@ class Draw(NamedTuple):
     index: Tensor | None
     noise: Noise
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The noise z [B, Z] and kl [S, B, Z], whether it is kept as tensors or as a seed."""
+        z, kl = self.noise.z, self.noise.kl
+        if isinstance(kl, CounterNoise):
+            kl = counter_noise_reference(kl.seed, range(kl.samples), *z.shape, z.dtype)
+        return z, kl
+
 
 class Case:
     """A model of a preset with synthetic data of its shape: random 8-bit values, or voxels of 0 and 1."""
@@ -188,7 +197,7 @@ class Case:
 
     def theirs(self, draw: Draw | None = None, hoods: Neighborhoods | None = None) -> Tensor:
         """Loss by the baseline; the mask picks from the whole grid, decoded or not."""
-        z, kl = (draw.noise.z, draw.noise.kl) if draw is not None else self._noise()
+        z, kl = self._noise() if draw is None else draw.tensors()
         mask = torch.ones(self.points.count, dtype=torch.bool)
         if self.drawn is not None:
             mask = torch.zeros_like(mask)
@@ -197,7 +206,7 @@ class Case:
 
     def plain(self, draw: Draw | None = None, hoods: Neighborhoods | None = None) -> Tensor:
         """Loss by `bench.plain`, compiled if `compile` was called; new clouds are searched as the baseline does."""
-        z, kl = (draw.noise.z, draw.noise.kl) if draw is not None else self._noise()
+        z, kl = self._noise() if draw is None else draw.tensors()
         points = self.points
         if self.drawn is not None:
             points = points.select(self._draw_points() if draw is None else draw.index)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-# Before torch is imported: its threads then sleep instead of spin, as under the command `vamoh`.
+# Before torch is imported, as under the command `vamoh`: threads sleep, large tensors lie in huge pages.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -84,6 +84,18 @@ def inr_train(batch: int, components: int, points: int, widths: Sequence[int], m
     return Count(nets * points * (2 * first + 3 * rest), FLOAT * moved)
 
 
+def inr_mean(batch: int, components: int, points: int, widths: Sequence[int], mirrored: bool = False) -> Count:
+    """B·K networks at N points, mixed to the mean and the most probable component's mean, both [B, N, C]."""
+    operations = inr_forward(batch, components, points, widths, mirrored).operations
+    moved = batch * components * (parameters(widths) + points) + points * (widths[0] + 2 * batch * widths[-1])
+    return Count(operations, FLOAT * moved)
+
+
+def categorical_kl(batch: int, components: int, points: int) -> Count:
+    """Both log-probabilities in, q and the divergence out; no products."""
+    return Count(0, FLOAT * batch * (3 * components * points + 1))
+
+
 def point_conv_forward(batch: int, conv: Conv, weights: int, shared: bool = True) -> Count:
     """Gather, contraction with Q weights per pair (shared by the batch or not), linear layer."""
     b, pairs = 1 if shared else batch, conv.centroids * conv.neighbors
@@ -109,6 +121,13 @@ def point_conv_backward(batch: int, conv: Conv, weights: int, shared: bool = Tru
     return Count(2 * forward.operations - skipped, forward.bytes + FLOAT * written)
 
 
+def neighbor_difference(conv: Conv, weights: int) -> Count:
+    """A linear function of the offsets of M·S pairs from that of N points; the same again backwards. No products."""
+    pairs = conv.centroids * conv.neighbors
+    moved = weights * (conv.points + pairs + 1)
+    return Count(0, FLOAT * moved + INDEX * (pairs + conv.centroids))
+
+
 def farthest_point_sample(batch: int, points: int, dims: int, samples: int) -> Count:
     """Squared distances of every point to each sample but the last: subtract, multiply, add per dimension."""
     return Count(3 * batch * (samples - 1) * points * dims, batch * (FLOAT * points * dims + INDEX * samples))
@@ -130,6 +149,15 @@ def flow_backward(samples: int, latent: int, flow_layers: int) -> Count:
     """Per layer: the gradient through the update and the dot product to z, û and w."""
     moved = 2 * samples * latent + 2 * (flow_layers * (2 * latent + 1) + 2 * latent)
     return Count(8 * samples * latent * flow_layers, FLOAT * moved)
+
+
+def flow_expected(samples: int, batch: int, latent: int, flow_layers: int) -> Count:
+    """Mean density of S samples per function and its gradient in one pass; the noise is made where it is used."""
+    operations = flow_forward(samples * batch, latent, flow_layers) + flow_backward(
+        samples * batch, latent, flow_layers
+    )
+    moved = 2 * (flow_layers * (2 * latent + 1) + 2 * latent) + batch * (4 * latent + 1)
+    return Count(operations.operations, FLOAT * moved)
 
 
 def linear_forward(rows: int, widths: Sequence[int]) -> Count:
@@ -173,10 +201,18 @@ def gating_backward(batch: int, points: int, encoded: int, channels: int, latent
     return Count(operations, FLOAT * moved)
 
 
-def weight_net_forward(points: int, widths: Sequence[int], pairs: int) -> Count:
-    """Affine weight net with its first layer on points, the rest on pairs of centroid and neighbour."""
-    first, rest = linear_forward(points, widths[:2]), linear_forward(pairs, widths[1:]) if len(widths) > 2 else None
-    return first if rest is None else first + rest
+def weight_net_forward(points: int, widths: Sequence[int]) -> Count:
+    """Affine weight net, its layers multiplied into one matrix, on points (E, ..., Q)."""
+    merged = sum(2 * widths[0] * a * b + 2 * a * b for a, b in pairwise(widths[1:]))
+    first, last = widths[0], widths[-1]
+    return Count(merged, FLOAT * parameters(widths)) + linear_forward(points, (first, last))
+
+
+def weight_net_backward(points: int, widths: Sequence[int]) -> Count:
+    """Gradients of all its layers; none of the encoded coordinates."""
+    forward = weight_net_forward(points, widths)
+    saved = linear_forward(points, (widths[0], widths[-1])).operations
+    return Count(2 * forward.operations - saved, 2 * forward.bytes)
 
 
 def train_step(sizes: Sizes, mirrored: bool = False) -> Count:
@@ -193,16 +229,11 @@ def train_step(sizes: Sizes, mirrored: bool = False) -> Count:
         total += point_conv_backward(s.batch, conv, s.weight_net[-1], features=not first)
         first = False
         if conv.out is not None:
-            pairs = conv.centroids * conv.neighbors
-            forward = weight_net_forward(conv.points, s.weight_net, pairs)
-            # The encoded coordinates take no gradient, so the first layer's is that of its weights alone.
-            saved = linear_forward(conv.points, s.weight_net[:2]).operations
-            total += forward + Count(2 * forward.operations - saved, 2 * forward.bytes)
+            total += weight_net_forward(conv.points, s.weight_net) + weight_net_backward(conv.points, s.weight_net)
     last = s.convs[-1]
     head = (last.centroids * (last.out or last.channels), 2 * s.latent)
     total += linear_forward(s.batch, head) + linear_backward(s.batch, head)
-    drawn = s.samples * s.batch
-    return total + flow_forward(drawn, s.latent, s.flow_layers) + flow_backward(drawn, s.latent, s.flow_layers)
+    return total + flow_expected(s.samples, s.batch, s.latent, s.flow_layers)
 
 
 def reconstruct(sizes: Sizes, out: int, mirrored: bool = False) -> Count:
@@ -216,6 +247,6 @@ def reconstruct(sizes: Sizes, out: int, mirrored: bool = False) -> Count:
     for conv in s.convs:
         total += point_conv_forward(s.batch, conv, s.weight_net[-1])
         if conv.out is not None:
-            total += weight_net_forward(conv.points, s.weight_net, conv.centroids * conv.neighbors)
+            total += weight_net_forward(conv.points, s.weight_net)
     last = s.convs[-1]
     return total + linear_forward(s.batch, (last.centroids * (last.out or last.channels), 2 * s.latent))

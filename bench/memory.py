@@ -33,6 +33,7 @@ def peak(*arguments: object, seconds: float = 300) -> float:
 
 def _main(preset: str, contestant: str, work: str, *rest: str) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from bench.cases import Case, Reconstruct, train_step
 
     case = Case(preset)

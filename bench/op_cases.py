@@ -25,13 +25,17 @@ from vamoh.layout import packed_size
 from vamoh.ops.inr_mixture import Inr
 from vamoh.ops.likelihood import Likelihood
 
+NOTHING = Count(0, 0)
+"""What a backward pass needs that only multiplies gradients, found in the forward pass, by a number."""
+
 
 @dataclass(frozen=True)
 class OpCase:
     """One op at one size.
 
     build: makes the inputs and returns the call, whose floating results are differentiated where `backward` is given.
-    forward, backward: what they need; an op that finds its gradient in the forward pass has all of it in `forward`.
+    forward, backward: what they need. An op that finds its gradient in the forward pass has all of it in `forward`, and
+    is timed forward + backward alone: without a gradient it may do less.
     """
 
     preset: str
@@ -69,8 +73,17 @@ class Preset:
 
     def features(self) -> Tensor:
         """Their Fourier features [N, E]."""
-        coords = self.coords()
-        return FourierFeatures(coords.shape[1], self.sizes.inr[0] // 2, self.model.frequency_scale, False)(coords)
+        return self.encoding()(self.coords())
+
+    def encoding(self) -> FourierFeatures:
+        """Fourier features of these coordinates."""
+        dims = len(SHAPE[self.name]) + (self.name == "era5")
+        return FourierFeatures(dims, self.sizes.inr[0] // 2, self.model.frequency_scale, False)
+
+    def encoded(self) -> tuple[Tensor, Tensor | None]:
+        """Features [N, E] and which points are opposite ones, as the model finds them."""
+        encoding, coords = self.encoding(), self.coords()
+        return encoding(coords), encoding.mirror(coords)
 
     def values(self) -> Tensor:
         """Values [B, N, C] in [0, 1]."""
@@ -122,18 +135,58 @@ def _point_conv(p: Preset) -> Iterator[OpCase]:
         def build(stage: counts.Conv = stage, first: bool = i == 0) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
             g = _generator()
             features = torch.randn(batch, stage.points, stage.channels, generator=g).requires_grad_(not first)
-            # Neighbours lie close together, as in a grid: a window of consecutive points around each centroid.
-            centers = torch.linspace(0, stage.points - stage.neighbors, stage.centroids).long()
-            neighbors = (centers[:, None] + torch.arange(stage.neighbors))[None]
+            neighbors = _neighbors(stage)[1]
             weights = torch.randn(1, stage.centroids, stage.neighbors, width, generator=g).requires_grad_()
             linear = torch.randn(stage.out, stage.channels * width, generator=g).requires_grad_()
             bias = torch.zeros(stage.out).requires_grad_()
             leaves = [x for x in (features, weights, linear, bias) if x.requires_grad]
-            return lambda: ops.point_conv(features, neighbors, weights, linear, bias), leaves
+            return lambda: ops.point_conv(features, neighbors, weights, linear, bias, 0.2), leaves
 
         forward = counts.point_conv_forward(batch, stage, width)
         backward = counts.point_conv_backward(batch, stage, width, features=i > 0)
         yield OpCase(p.name, f"point_conv{i}", build, forward, backward)
+
+
+def _neighbor_difference(p: Preset) -> Iterator[OpCase]:
+    stage = max((s for s in p.sizes.convs if s.out is not None), key=lambda s: s.centroids * s.neighbors)
+    width = p.sizes.weight_net[-1]
+
+    def build() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        table = torch.randn(1, stage.points, width, generator=_generator()).requires_grad_()
+        bias = torch.zeros(width).requires_grad_()
+        centroids, neighbors = _neighbors(stage)
+        return lambda: ops.neighbor_difference(table, neighbors, centroids, bias), [table, bias]
+
+    count = counts.neighbor_difference(stage, width)
+    yield OpCase(p.name, "neighbor_difference", build, count, count)
+
+
+def _neighbor_mean(p: Preset) -> Iterator[OpCase]:
+    for i, stage in enumerate(s for s in p.sizes.convs if s.out is None):
+
+        def build(stage: counts.Conv = stage) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+            features = torch.randn(p.sizes.batch, stage.points, stage.channels, generator=_generator())
+            neighbors = _neighbors(stage)[1]
+            features.requires_grad_()
+            return lambda: ops.neighbor_mean(features, neighbors), [features]
+
+        count = counts.point_conv_forward(p.sizes.batch, stage, 0)
+        yield OpCase(p.name, f"neighbor_mean{i}", build, count, count)
+
+
+def _linear(p: Preset) -> Iterator[OpCase]:
+    """The hypernetworks' last layer."""
+    s, widths = p.sizes, p.sizes.hypernet[-2:]
+
+    def build() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        g = _generator()
+        x = torch.randn(s.components, s.batch, widths[0], generator=g).requires_grad_()
+        weight = torch.randn(s.components, widths[1], widths[0], generator=g).requires_grad_()
+        bias = torch.zeros(s.components, widths[1]).requires_grad_()
+        return lambda: ops.linear(x, weight, bias), [x, weight, bias]
+
+    of = (s.batch, s.components, widths)
+    yield OpCase(p.name, "linear", build, counts.hypernet_forward(*of), counts.hypernet_backward(*of))
 
 
 def _planar_flow(p: Preset) -> Iterator[OpCase]:
@@ -147,6 +200,11 @@ def _planar_flow(p: Preset) -> Iterator[OpCase]:
         z = torch.randn(samples, latent, generator=_generator())
         return lambda: ops.planar_flow_log_prob(z, prior.flow), list(prior.parameters())
 
+    def expected() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        prior, noise = flow(), ops.CounterNoise(torch.tensor(0), p.sizes.samples)
+        mean, std = torch.zeros(p.sizes.batch, latent), torch.ones(p.sizes.batch, latent)
+        return lambda: ops.planar_flow_expected_log_prob(mean, std, prior.flow, noise), list(prior.parameters())
+
     def sample() -> tuple[Callable[[], Any], Sequence[Tensor]]:
         parameters = flow().requires_grad_(False).flow
         noise = torch.randn(p.sizes.samples, latent, generator=_generator())
@@ -159,6 +217,8 @@ def _planar_flow(p: Preset) -> Iterator[OpCase]:
         counts.flow_forward(samples, latent, depth),
         counts.flow_backward(samples, latent, depth),
     )
+    one_pass = counts.flow_expected(p.sizes.samples, p.sizes.batch, latent, depth)
+    yield OpCase(p.name, "planar_flow_expected_log_prob", expected, one_pass, NOTHING)
     yield OpCase(p.name, "planar_flow_sample", sample, counts.flow_forward(p.sizes.samples, latent, depth))
 
 
@@ -169,25 +229,34 @@ def _inr_mixture(p: Preset) -> Iterator[OpCase]:
         return torch.full((s.components, CHANNELS[p.name]), 0.1)
 
     def expected() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        theta, features, values = p.theta(), p.features(), p.values()
+        theta, values, (features, mirror) = p.theta(), p.values(), p.encoded()
         weights = torch.rand(s.batch, s.components, s.points, generator=_generator()).softmax(1).requires_grad_()
-        return lambda: ops.inr_mixture_expected_log_likelihood(theta, features, values, weights, scale(), p.inr, kind)[
-            0
-        ], [theta, weights]
+
+        def call() -> Tensor:
+            run = ops.inr_mixture_expected_log_likelihood
+            return run(theta, features, values, weights, scale(), p.inr, kind, mirror=mirror)[0]
+
+        return call, [theta, weights]
 
     def log_likelihood() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        theta, features, values = p.theta().detach(), p.features(), p.values()
-        return lambda: ops.inr_mixture_log_likelihood(theta, features, values, scale(), p.inr, kind), ()
+        theta, values, (features, mirror) = p.theta().detach(), p.values(), p.encoded()
+        run = ops.inr_mixture_log_likelihood
+        return lambda: run(theta, features, values, scale(), p.inr, kind, mirror=mirror), ()
 
-    def decode() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        theta, features = p.theta().detach(), p.features()
-        return lambda: ops.inr_mixture(theta, features, p.inr), ()
+    def logits() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        theta, (features, mirror) = p.theta().detach(), p.encoded()
+        return lambda: ops.inr_mixture(theta, features, p.inr, mirror=mirror), ()
+
+    def mean() -> tuple[Callable[[], Any], Sequence[Tensor]]:
+        theta, (features, mirror) = p.theta().detach(), p.encoded()
+        log_pi = torch.randn(s.batch, s.components, s.points, generator=_generator()).log_softmax(1)
+        return lambda: ops.inr_mixture_mean(theta, features, log_pi, p.inr, kind, mirror=mirror), ()
 
     of = (s.batch, s.components, s.points, s.inr, p.mirrored)
-    # The backward pass only multiplies by the incoming gradient, so forward and backward together do the work.
-    yield OpCase(p.name, "inr_mixture_expected_log_likelihood", expected, counts.inr_train(*of), Count(0, 0))
+    yield OpCase(p.name, "inr_mixture_expected_log_likelihood", expected, counts.inr_train(*of), NOTHING)
     yield OpCase(p.name, "inr_mixture_log_likelihood", log_likelihood, counts.inr_forward(*of))
-    yield OpCase(p.name, "inr_mixture", decode, counts.inr_forward(*of))
+    yield OpCase(p.name, "inr_mixture", logits, counts.inr_forward(*of))
+    yield OpCase(p.name, "inr_mixture_mean", mean, counts.inr_mean(*of))
 
 
 def _gating(p: Preset) -> Iterator[OpCase]:
@@ -203,6 +272,15 @@ def _gating(p: Preset) -> Iterator[OpCase]:
         of = (s.batch, s.points, encoded, channels, s.latent, s.gating)
         yield OpCase(p.name, f"gating_{name}", build, counts.gating_forward(*of), counts.gating_backward(*of))
 
+    def divergence() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        shape = (2, s.batch, s.components, s.points)
+        both = torch.randn(shape, generator=_generator()).log_softmax(2).unbind()
+        leaves = [x.contiguous().requires_grad_() for x in both]
+        return lambda: torch.cat([part.flatten() for part in ops.categorical_kl(*leaves)]), leaves
+
+    count = counts.categorical_kl(s.batch, s.components, s.points)
+    yield OpCase(p.name, "categorical_kl", divergence, count, count)
+
 
 def _hypernet(p: Preset) -> Iterator[OpCase]:
     s = p.sizes
@@ -216,12 +294,29 @@ def _hypernet(p: Preset) -> Iterator[OpCase]:
     yield OpCase(p.name, "hypernet", build, counts.hypernet_forward(*of), counts.hypernet_backward(*of))
 
 
-OPS = (_farthest_point_sample, _knn, _point_conv, _planar_flow, _inr_mixture, _gating, _hypernet)
+OPS = (
+    _farthest_point_sample,
+    _knn,
+    _point_conv,
+    _neighbor_difference,
+    _neighbor_mean,
+    _linear,
+    _planar_flow,
+    _inr_mixture,
+    _gating,
+    _hypernet,
+)
 
 
 def op_cases() -> Iterator[OpCase]:
     """Every case."""
     return (case for preset in presets() for op in OPS for case in op(preset))
+
+
+def _neighbors(stage: counts.Conv) -> tuple[Tensor, Tensor]:
+    """Centroids [1, M] and neighbours [1, M, S], close together as in a grid: windows of consecutive points."""
+    first = torch.linspace(0, stage.points - stage.neighbors, stage.centroids).long()[None]
+    return first + stage.neighbors // 2, first[..., None] + torch.arange(stage.neighbors)
 
 
 def _generator() -> torch.Generator:

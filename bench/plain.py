@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh import VaMoH
+from vamoh.encoder import PointConvLayer
 from vamoh.gating import Gating
 from vamoh.latent import Posterior
 from vamoh.ops.inr_mixture import inr_mixture_reference
 from vamoh.ops.likelihood import log_likelihood, mean
 from vamoh.ops.planar_flow import PlanarFlow, normal_log_prob, planar_flow_inverse_reference
-from vamoh.ops.point_conv import gather, point_conv_reference
+from vamoh.ops.point_conv import gather
 
 Hoods = Sequence[tuple[Tensor, Tensor]]
 
@@ -58,16 +59,30 @@ def _encode(model: VaMoH, features: Tensor, values: Tensor, hoods: Hoods) -> Pos
         if stage.channels is None:
             h = gather(h, neighbors).mean(2)
         else:
-            conv = next(convs)
-            first, *rest = conv.weight_net
-            projected = F.linear(encoded, first.weight)
-            w = gather(projected, neighbors) - gather(projected, centroids)[:, :, None] + first.bias
-            for layer in rest:
-                w = F.linear(w if conv.slope is None else F.leaky_relu(w, conv.slope), layer.weight, layer.bias)
-            h = F.leaky_relu(point_conv_reference(h, neighbors, w, conv.linear.weight, conv.linear.bias), 0.2)
+            h = F.leaky_relu(_convolve(next(convs), h, encoded, centroids, neighbors), 0.2)
         encoded = gather(encoded, centroids)
     head = model.encoder.head
     return Posterior.from_logits(F.linear(h.flatten(1), head.weight, head.bias))
+
+
+def _convolve(conv: PointConvLayer, h: Tensor, encoded: Tensor, centroids: Tensor, neighbors: Tensor) -> Tensor:
+    """PointConv [B, M, O] of features [B, N, C]; an affine weight net is one matrix, applied to points."""
+    first, *rest = conv.weight_net
+    weight, bias = first.weight, first.bias
+    if conv.slope is None:
+        for layer in rest:
+            weight, bias = layer.weight @ weight, F.linear(bias, layer.weight, layer.bias)
+    projected = F.linear(encoded, weight)
+    w = gather(projected, neighbors) - gather(projected, centroids)[:, :, None] + bias  # [1, M, S, Q]
+    if conv.slope is not None:
+        for layer in rest:
+            w = F.linear(F.leaky_relu(w, conv.slope), layer.weight, layer.bias)
+    batch, _, channels = h.shape
+    _, m, s, q = w.shape
+    # The batch shares the weights: one product [Q, S] x [S, B·C] per centroid.
+    rows = h.transpose(0, 1).flatten(1)[neighbors.flatten()].view(m, s, batch * channels)
+    contracted = (w[0].mT @ rows).view(m, q, batch, channels).permute(2, 0, 3, 1)  # [B, M, C, Q]
+    return F.linear(contracted.flatten(2), conv.linear.weight, conv.linear.bias)
 
 
 def _theta(model: VaMoH, z: Tensor) -> Tensor:

@@ -7,12 +7,19 @@ import torch
 
 from bench.cases import reference_backend
 from bench.conftest import Contest
-from bench.op_cases import OpCase, op_cases
+from bench.op_cases import NOTHING, OpCase, op_cases
+
+
+def directions(case: OpCase) -> list[str]:
+    if case.backward is None:
+        return ["forward"]
+    return ["forward_backward"] if case.backward == NOTHING else ["forward", "forward_backward"]
+
 
 CASES = [
     pytest.param(case, direction, id=f"{case.label}-{direction}")
     for case in op_cases()
-    for direction in (["forward", "forward_backward"] if case.backward is not None else ["forward"])
+    for direction in directions(case)
 ]
 
 
@@ -27,11 +34,12 @@ def test_op(case: OpCase, direction: str, contest: Contest) -> None:
         with torch.no_grad():
             call()
 
+    ones = torch.ones_like(call()) if backward else None  # the incoming gradient is not the op's work
+
     def both() -> None:
         for leaf in leaves:
             leaf.grad = None
-        result = call()
-        result.backward(torch.ones_like(result))
+        call().backward(ones)
 
     run = both if backward else forward_only
     contest.benchmark.group = case.preset

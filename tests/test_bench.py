@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counts, plain
 from bench.baseline import Baseline
-from bench.cases import NAMES, config, coordinates, positions, reference_backend, sizes, symmetric
+from bench.cases import NAMES, Draw, config, coordinates, positions, reference_backend, sizes, symmetric
 from bench.op_cases import op_cases
 from bench.report import HEADER, report
 from bench.roofline import Probe
@@ -95,6 +95,15 @@ def test_pooling_counts_its_sums() -> None:
     assert counts.point_conv_forward(B, pool, Q) == (operations, moved)
 
 
+def test_bytes_of_what_only_moves() -> None:
+    conv = counts.Conv(N, M, S, C, 8)
+    index = torch.empty(1, M, S, dtype=torch.int64), torch.empty(1, M, dtype=torch.int64)
+    moved = size(torch.empty(1, N, Q), torch.empty(1, M, S, Q), torch.empty(Q), *index)
+    assert counts.neighbor_difference(conv, Q) == (0, moved)
+    log_q, log_p, q, kl = torch.empty(B, K, N), torch.empty(B, K, N), torch.empty(B, K, N), torch.empty(B)
+    assert counts.categorical_kl(B, K, N) == (0, size(log_q, log_p, q, kl))
+
+
 def test_neighbor_counts() -> None:
     per_distance = sum(3 for _ in range(Z))  # subtract, multiply, add
     distances = sum(1 for _ in itertools.product(range(B), range(M), range(N)))
@@ -115,6 +124,7 @@ def test_flow_counts() -> None:
         backward += 2  # dw + dc z
     assert counts.flow_forward(S, Z, T).operations == forward
     assert counts.flow_backward(S, Z, T).operations == backward
+    assert counts.flow_expected(S, 1, Z, T).operations == forward + backward
 
 
 def tiny(likelihood: str = "logistic", pooling: bool = False) -> VaMoH:
@@ -160,13 +170,13 @@ def test_network_counts() -> None:
 def test_training_step_counts() -> None:
     model = tiny()
     points = PointSet.from_grid(torch.rand(B, 2, 6, 7, dtype=torch.float64))
-    hoods, noise = model.neighborhoods(points), model.draw_noise(B)
-    found = products(lambda: plain.loss(model, points.coords, points.values, hoods, noise.z, noise.kl).backward())
+    hoods, noise = model.neighborhoods(points), Draw(None, model.draw_noise(B)).tensors()
+    found = products(lambda: plain.loss(model, points.coords, points.values, hoods, *noise).backward())
     convs = (counts.Conv(42, 20, 5, 2, 4), counts.Conv(20, 8, 4, 4, 5))
     of = counts.Sizes(
         B, 42, 3, 4, 5, 3, (16, 6, 5, 2), (4, 8, 16, packed_size((16, 6, 5, 2))), (7, 6, 3), (16, 6, 7), convs
     )
-    flow = counts.flow_forward(5 * B, 4, 3) + counts.flow_backward(5 * B, 4, 3)  # vectors, not matrix products
+    flow = counts.flow_expected(5, B, 4, 3)  # vectors, not matrix products
     phases = 2 * 42 * 2 * 8  # of the Fourier features, which a grid needs once
     assert counts.train_step(of).operations == found + flow.operations - phases
 
@@ -180,17 +190,18 @@ def test_contestants_compute_the_same(likelihood: str, pooling: bool, masked: bo
     points = PointSet.from_grid(torch.rand(B, 2, 6, 7, dtype=torch.float64))
     mask = torch.rand(42) > 0.3 if masked else torch.ones(42, dtype=torch.bool)
     seen = points.select(mask.nonzero()[:, 0])
-    noise, hoods = model.draw_noise(B), model.neighborhoods(seen)
-    expected = model.elbo(seen, noise=noise, neighborhoods=hoods).loss
+    drawn, hoods = model.draw_noise(B), model.neighborhoods(seen)
+    noise = Draw(None, drawn).tensors()
+    expected = model.elbo(seen, noise=drawn, neighborhoods=hoods).loss
     expected.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     baseline = Baseline(model, cache_neighbors=True)
-    loss = baseline.loss(points.coords, points.values, mask, noise.z, noise.kl, hoods)
+    loss = baseline.loss(points.coords, points.values, mask, *noise, hoods)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(baseline.gradients(), grads)
     model.zero_grad()
-    loss = plain.loss(model, seen.coords, seen.values, hoods, noise.z, noise.kl)
+    loss = plain.loss(model, seen.coords, seen.values, hoods, *noise)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, grads)
