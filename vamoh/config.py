@@ -525,7 +525,7 @@ PRESETS: dict[str, Config] = {
             evaluate_every=50,
         ),
     ),
-    # Not the paper's: sizes that give good pictures after five minutes on two CPU cores.
+    # Not the paper's: sizes that give good pictures after three minutes on two CPU cores.
     "digits": Config(
         preset="digits",
         data=DataConfig(name="digits"),
