@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vamoh.ops.gating import categorical_kl
-
 
 @dataclass(frozen=True, eq=False)
 class ElboTerms:
@@ -31,14 +29,6 @@ class ElboTerms:
 def combine(log_likelihood: Tensor, kl_z: Tensor, kl_c: Tensor, beta_z: float, beta_c: float) -> ElboTerms:
     """Terms [B] to the bound."""
     return ElboTerms(log_likelihood - beta_z * kl_z - beta_c * kl_c, log_likelihood, kl_z, kl_c)
-
-
-def kl_categorical(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q [B, K, N], 0 at unobserved points, and Σ_n KL(q(c_n) ‖ p(c_n)) [B] in nats over observed points.
-
-    Log-probabilities [B, K, N], p's also [B, K, 1]; mask [N] or [B, N].
-    """
-    return categorical_kl(log_q, log_p, mask)
 
 
 def importance_bound(log_weights: Tensor) -> Tensor:

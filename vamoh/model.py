@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
 from vamoh._checks import check_choice, check_positive, check_tensor
-from vamoh.elbo import ElboTerms, combine, importance_bound, kl_categorical
+from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
 from vamoh.gating import Gating, posterior_and_prior, uniform
@@ -20,6 +20,7 @@ from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl
 from vamoh.likelihood import Likelihood
 from vamoh.ops import CounterNoise
 from vamoh.ops._noise import check_noise
+from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
 from vamoh.points import PointSet
 
@@ -213,7 +214,7 @@ class VaMoH(nn.Module):
         )
         posterior, features = self._encode(points, neighborhoods)
         z = posterior.sample(noise.z)
-        q, kl_c = kl_categorical(*self._log_q_and_p(features, z, points.values), points.mask)
+        q, kl_c = categorical_kl(*self._log_q_and_p(features, z, points.values), points.mask)
         log_likelihood = expected_log_likelihood(
             self.hypernet(z),
             features,

@@ -79,6 +79,12 @@ def require_reference(op: str, wish: str, backend: str | None) -> None:
         raise ValueError(f"{op}: backend must be 'reference' for {wish}, got {chosen!r}")
 
 
+def refuse_second_derivatives(op: str, instead: str = "") -> None:
+    """Raise RuntimeError in a backward that autograd records: what it computes would count as constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: has no second derivatives (create_graph=True){instead and '; ' + instead}")
+
+
 def _misfit(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str | None:
     if implementation.devices is not None and device.type not in implementation.devices:
         return f"takes tensors on {' or '.join(implementation.devices)}, got {device}"

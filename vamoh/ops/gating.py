@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import items, native, native_isa, native_unavailable, register, resolve
+from vamoh.ops._backend import (
+    items,
+    native,
+    native_isa,
+    native_unavailable,
+    refuse_second_derivatives,
+    register,
+    resolve,
+)
 from vamoh.ops._points import check_mask
 
 Context = torch.autograd.function.FunctionCtx
@@ -117,11 +125,6 @@ def categorical_kl(
     return q, kl
 
 
-def _first_derivative_only(op: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: has no second derivatives (create_graph=True)")
-
-
 torch.library.define("vamoh::gating_coords", "(Tensor encoded, Tensor[] weights, str? backend) -> Tensor[]")
 torch.library.define(
     "vamoh::gating_coords_backward", "(Tensor[] grads, Tensor encoded, Tensor[] weights, str? backend) -> Tensor[]"
@@ -189,7 +192,7 @@ def _coords_setup(ctx: Context, inputs: tuple[Tensor, list[Tensor], str | None],
 
 
 def _coords_backward(ctx: Context, grads: list[Tensor]) -> tuple[object, ...]:
-    _first_derivative_only("gating_coords")
+    refuse_second_derivatives("gating_coords")
     encoded, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
     by_encoded = None
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
@@ -339,7 +342,7 @@ def _setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _first_derivative_only("gating")
+    refuse_second_derivatives("gating")
     *rest, backend = ctx.rest  # type: ignore[attr-defined]
     by_values = ctx.needs_input_grad[2]  # type: ignore[attr-defined]
     grad_coords, grad_shift, grad_values, grad_parameters = torch.ops.vamoh.gating_backward(
@@ -509,7 +512,7 @@ def _kl_setup(
 
 
 def _kl_backward(ctx: Context, grad_q: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-    _first_derivative_only("categorical_kl")
+    refuse_second_derivatives("categorical_kl")
     grads = torch.ops.vamoh.categorical_kl_backward(grad_q, grad_kl, *ctx.saved_tensors, ctx.backend)  # type: ignore[attr-defined]
     return (*grads, None, None)
 

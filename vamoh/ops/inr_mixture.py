@@ -21,6 +21,7 @@ from vamoh.ops._backend import (
     native,
     native_isa,
     native_unavailable,
+    refuse_second_derivatives,
     register,
     require_reference,
     resolve,
@@ -242,12 +243,7 @@ def _fake(
     )
 
 
-def _refuse_second_derivatives(op: str) -> None:
-    if torch.is_grad_enabled():  # what was computed without autograd would count as constant
-        raise RuntimeError(
-            f"{op}: has no second derivatives (create_graph=True); inr_mixture_log_likelihood has, and inr_mixture "
-            "where the features need a gradient"
-        )
+_TWICE = "inr_mixture_log_likelihood has, and inr_mixture where the features need a gradient"
 
 
 def _outputs_setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -256,7 +252,7 @@ def _outputs_setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tup
 
 
 def _outputs_backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivatives("inr_mixture")
+    refuse_second_derivatives("inr_mixture", _TWICE)
     by_theta = torch.ops.vamoh.inr_mixture_backward(grad_outputs, *ctx.saved_tensors, *ctx.rest)
     return (by_theta, *(None,) * 7)
 
@@ -274,7 +270,7 @@ def _setup_context(
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivatives("inr_mixture_expected_log_likelihood")
+    refuse_second_derivatives("inr_mixture_expected_log_likelihood", _TWICE)
     log_p, grad_theta, grad_scale = ctx.saved_tensors  # type: ignore[attr-defined]
     per_datum = grad_value[:, None, None]
     by_scale = (per_datum * grad_scale).sum(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import native, native_isa, native_unavailable, register, resolve
+from vamoh.ops._backend import native, native_isa, native_unavailable, refuse_second_derivatives, register, resolve
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
@@ -116,8 +116,7 @@ def _setup_context(
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear: has no second derivatives (create_graph=True)")
+    refuse_second_derivatives("linear")
     needed = list(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
     grads = torch.ops.vamoh.linear_backward(grad, *ctx.saved_tensors, needed, ctx.backend)  # type: ignore[attr-defined]
     return (*(g if n else None for g, n in zip(grads, needed, strict=True)), None)

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import native, native_isa, native_unavailable, register, require_reference, resolve
+from vamoh.ops._backend import (
+    native,
+    native_isa,
+    native_unavailable,
+    refuse_second_derivatives,
+    register,
+    require_reference,
+    resolve,
+)
 from vamoh.ops._noise import CounterNoise, check_noise, counter_noise_reference
 
 _CHUNK = 1 << 20
@@ -178,7 +186,7 @@ def _setup_log_prob(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any,
 
 
 def _backward_log_prob(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _forbid_second_derivatives("planar_flow_log_prob")
+    refuse_second_derivatives("planar_flow_log_prob")
     wanted: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
     grads: tuple[Tensor, ...] = torch.ops.vamoh.planar_flow_log_prob_backward(
         grad, *ctx.saved_tensors, ctx.slope, wanted[0], any(wanted[1:7]), ctx.backend  # type: ignore[attr-defined]
@@ -195,7 +203,7 @@ def _setup_expected(
 def _backward_expected(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    _forbid_second_derivatives("planar_flow_expected_log_prob")
+    refuse_second_derivatives("planar_flow_expected_log_prob")
     wanted: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
     saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
     grads: list[Tensor | None] = [None] * len(wanted)
@@ -204,11 +212,6 @@ def _backward_expected(
             weighted = grad.view([-1] + [1] * (each.dim() - 1)) * each
             grads[i] = weighted if i < 2 else weighted.sum(0)
     return tuple(grads)
-
-
-def _forbid_second_derivatives(where: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{where}: has no second derivatives (create_graph=True)")
 
 
 torch.library.register_autograd("vamoh::planar_flow_log_prob", _backward_log_prob, setup_context=_setup_log_prob)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import native, native_isa, native_unavailable, register, resolve
+from vamoh.ops._backend import native, native_isa, native_unavailable, refuse_second_derivatives, register, resolve
 
 
 def point_conv(
@@ -382,8 +382,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("point_conv: has no second derivatives (create_graph=True)")
+    refuse_second_derivatives("point_conv")
     needed = ctx.needs_input_grad[0]
     by_features, *rest = torch.ops.vamoh.point_conv_backward(grad, *ctx.saved_tensors, ctx.slope, needed, ctx.backend)
     return (by_features if needed else None, None, *rest, None, None)
@@ -396,8 +395,7 @@ def _setup_context_mean(ctx: Any, inputs: tuple[Tensor, Tensor, str | None], out
 
 
 def _backward_mean(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("neighbor_mean: has no second derivatives (create_graph=True)")
+    refuse_second_derivatives("neighbor_mean")
     return torch.ops.vamoh.neighbor_mean_backward(grad, *ctx.saved_tensors, ctx.points, ctx.backend), None, None
 
 
@@ -410,8 +408,7 @@ def _setup_context_difference(
 
 
 def _backward_difference(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("neighbor_difference: has no second derivatives (create_graph=True)")
+    refuse_second_derivatives("neighbor_difference")
     by_table, by_bias = torch.ops.vamoh.neighbor_difference_backward(grad, *ctx.saved_tensors, *ctx.table, ctx.backend)
     return by_table, None, None, by_bias, None
 
