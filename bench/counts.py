@@ -139,6 +139,16 @@ def knn(batch: int, points: int, queries: int, dims: int, neighbors: int) -> Cou
     return Count(3 * batch * queries * points * dims, batch * moved)
 
 
+def farthest_point_sample_by_table(batch: int, points: int, table: int, samples: int) -> Count:
+    """A look into the table of every point for each sample but the last: minimum and comparison."""
+    return Count(2 * batch * (samples - 1) * points, FLOAT * table + batch * INDEX * (points + samples))
+
+
+def knn_by_table(batch: int, points: int, queries: int, table: int, neighbors: int) -> Count:
+    """A look into the table of every query for each point: a subtraction of places and a comparison."""
+    return Count(2 * batch * queries * points, FLOAT * table + batch * INDEX * (points + queries * (1 + neighbors)))
+
+
 def flow_forward(samples: int, latent: int, flow_layers: int) -> Count:
     """Density of given samples: one dot product and one update of z per layer."""
     moved = samples * (latent + 1) + flow_layers * (2 * latent + 1) + 2 * latent

@@ -85,6 +85,11 @@ class Preset:
         encoding, coords = self.encoding(), self.coords()
         return encoding(coords), encoding.mirror(coords)
 
+    def metric(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Places of the first points and the table of their distances, None where they lie on no lattice."""
+        coords = self.coords()[:count]
+        return self.encoding().metric(coords, None, count * count)
+
     def values(self) -> Tensor:
         """Values [B, N, C] in [0, 1]."""
         return torch.rand(self.sizes.batch, self.sizes.points, CHANNELS[self.name], generator=_generator())
@@ -115,6 +120,16 @@ def _farthest_point_sample(p: Preset) -> Iterator[OpCase]:
 
     count = counts.farthest_point_sample(1, stage.points, encoded, stage.centroids)
     yield OpCase(p.name, "farthest_point_sample", build, count)
+    places, table = p.metric(stage.points)
+    if table is None:
+        return
+    count = counts.farthest_point_sample_by_table(1, stage.points, len(table), stage.centroids)
+    yield OpCase(
+        p.name,
+        "farthest_point_sample_by_table",
+        lambda: (lambda: ops.farthest_point_sample(places, stage.centroids, table=table), ()),
+        count,
+    )
 
 
 def _knn(p: Preset) -> Iterator[OpCase]:
@@ -126,6 +141,16 @@ def _knn(p: Preset) -> Iterator[OpCase]:
         return lambda: ops.knn(features, queries, stage.neighbors), ()
 
     yield OpCase(p.name, "knn", build, counts.knn(1, stage.points, stage.centroids, p.sizes.inr[0], stage.neighbors))
+    places, table = p.metric(stage.points)
+    if table is None:
+        return
+    queries = places[: stage.centroids].contiguous()
+    yield OpCase(
+        p.name,
+        "knn_by_table",
+        lambda: (lambda: ops.knn(places, queries, stage.neighbors, table=table), ()),
+        counts.knn_by_table(1, stage.points, stage.centroids, len(table), stage.neighbors),
+    )
 
 
 def _point_conv(p: Preset) -> Iterator[OpCase]:

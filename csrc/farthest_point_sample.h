@@ -22,4 +22,11 @@ template <class T>
 void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mask, int64_t mask_step, int64_t* out,
                            int64_t batch, int64_t points, int64_t dims, int64_t samples, int threads, Isa isa);
 
+// The same for points on a lattice: coords [B, N] are places 0 .. table_size / 2, and the squared distance of a point p
+// to a point q taken is table[table_size / 2 + p - q]. table_size is odd and below 2^31.
+template <class T>
+void farthest_point_sample_by_table(const int64_t* coords, int64_t coords_step, const T* table, int64_t table_size,
+                                    const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t points,
+                                    int64_t samples, int threads, Isa isa);
+
 }  // namespace vamoh

@@ -86,3 +86,43 @@ def test_mirror_only_where_it_saves_work():
     assert FourierFeatures(2, 0, 1.0, learn=False).mirror(coords) is None
     assert FourierFeatures(2, 5, 1.0, learn=False).mirror(coords[:9]) is None
     assert FourierFeatures(2, 5, 1.0, learn=False).mirror(coords[None]) is None
+
+
+@pytest.mark.parametrize("shape", [(9,), (12, 7), (5, 4, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_metric_of_a_lattice_is_the_distance_of_features(shape, dtype):
+    encoding = FourierFeatures(len(shape), 16, 2.0, learn=False).to(dtype)
+    coords = grid_coords(shape, dtype=torch.float64)
+    places, table = encoding.metric(coords.to(dtype), None, 0)
+    assert table.dtype == dtype and torch.equal(table, table.flip(0)) and table[len(table) // 2] == 0
+    features = encoding.double()(coords)
+    expected = ((features[:, None] - features) ** 2).sum(-1)
+    result = table[len(table) // 2 + places[:, 0][:, None] - places[:, 0]].double()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_metric_elsewhere_is_the_features():
+    encoding = FourierFeatures(2, 4, 2.0, learn=False)
+    cloud = torch.rand(6, 2)
+    assert encoding.metric(cloud, None, 0)[1] is None
+    assert torch.equal(encoding.metric(cloud, None, 0)[0], encoding(cloud))
+    fine = grid_coords((300, 300))  # more displacements than a small table has
+    assert encoding.metric(fine, None, 0)[1] is None
+    assert encoding.metric(fine, None, 599 * 599)[1] is not None
+    raw = FourierFeatures(2, 0, 1.0, learn=False)
+    assert raw.metric(fine, None, 0)[0] is fine
+
+
+def test_metric_overlooks_hidden_points_and_follows_the_frequencies():
+    encoding = FourierFeatures(2, 4, 2.0, learn=False)
+    coords = torch.stack([grid_coords((4, 4)), grid_coords((4, 4)).flip(0)])
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 3] = False
+    hidden = coords.clone()
+    hidden[1, 3] = 0.123
+    assert encoding.metric(hidden, None, 0)[1] is None
+    places, table = encoding.metric(hidden, mask, 0)
+    expected, same = encoding.metric(coords, None, 0)
+    assert torch.equal(places[mask], expected[mask]) and same is table
+    encoding.frequencies.mul_(2)
+    assert not torch.equal(encoding.metric(coords, None, 0)[1], table)

@@ -140,9 +140,12 @@ class Encoder(nn.Module):
         """Fewest observed points the encoder accepts: enough neighbours everywhere, and every point the head reads."""
         return max(self.stages[-1].centroids, *(stage.neighbors for stage in self.stages))
 
-    def neighborhoods(self, metric: Tensor, mask: Tensor | None) -> tuple[Neighborhood, ...]:
+    def neighborhoods(
+        self, metric: Tensor, mask: Tensor | None, table: Tensor | None = None
+    ) -> tuple[Neighborhood, ...]:
         """One Neighborhood per stage from metric coordinates [B|1, N, E] and mask [B, N] (None: all observed).
 
+        With a table of squared distances, metric holds places in it, see `vamoh.ops.knn`.
         Raises ValueError when an item has fewer than `min_points` observed points.
         """
         fewest = metric.shape[1] if mask is None else int(mask.sum(-1).min())
@@ -155,10 +158,10 @@ class Encoder(nn.Module):
             metric = metric.expand(mask.shape[0], -1, -1)
         result = []
         for stage in self.stages:
-            centroids = farthest_point_sample(metric, stage.centroids, mask)  # [B|1, M]
+            centroids = farthest_point_sample(metric, stage.centroids, mask, table=table)  # [B|1, M]
             chosen = centroids.clamp(min=0)
             queries = gather(metric, chosen)
-            result.append(Neighborhood(centroids, knn(metric, queries, stage.neighbors, mask)))
+            result.append(Neighborhood(centroids, knn(metric, queries, stage.neighbors, mask, table=table)))
             metric, mask = queries, None if mask is None else centroids >= 0
         return tuple(result)
 

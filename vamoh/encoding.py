@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
-from vamoh.points import antipodes
+from vamoh.points import Lattice, antipodes, lattice
+
+_SMALL_TABLE = 1 << 18
+"""Entries of a table of displacements that are always worth their computation: the grid of 32^3 voxels has fewer."""
+
+_LARGEST_TABLE = 1 << 22
 
 _REMEMBERED = 1 << 18
 """Most points of a grid whose opposites are remembered."""
@@ -31,6 +36,7 @@ class FourierFeatures(nn.Module):
         self.out_dim = 2 * frequencies if frequencies else coord_dim
         self._cache: ContentCache[Tensor] = ContentCache()
         self._mirrors: ContentCache[Tensor | None] = ContentCache()
+        self._tables: ContentCache[Tensor] = ContentCache()
 
     def forward(self, coords: Tensor) -> Tensor:
         """Encode coords [..., D] of the frequencies' dtype as [..., E]; differentiable."""
@@ -57,3 +63,39 @@ class FourierFeatures(nn.Module):
         if len(coords) > _REMEMBERED:
             return antipodes(coords.detach())
         return self._mirrors.get((coords,), lambda: antipodes(coords.detach()))
+
+    @torch.no_grad()
+    def metric(self, coords: Tensor, mask: Tensor | None, distances: int) -> tuple[Tensor, Tensor | None]:
+        """Points and table, as the ops on point clouds take them, for distances between encoded coords [..., N, D].
+
+        On a lattice, places and a table of squared distances, if the table is small or has fewer entries than
+        `distances`, the number that will be looked up; else the encoded coordinates and None. Points where mask
+        [..., N] is False need not be on the lattice. Differences between equal squares of distances, which rounding
+        makes of encoded coordinates, are not in the table: the lowest index then counts.
+        """
+        if not len(self.frequencies):
+            return coords, None
+        seen = coords if mask is None else coords.where(mask[..., None], coords[mask][:1])
+        found = lattice(seen)
+        if found is None or found.displacements > min(max(distances, _SMALL_TABLE), _LARGEST_TABLE):
+            return self(coords), None
+        key = (self.frequencies, torch.tensor(found.sizes), found.step)
+        return found.places(), self._tables.get(key, lambda: self._squared_distances(found))
+
+    def _squared_distances(self, lattice: Lattice) -> Tensor:
+        """Squared distance of the encoded ends of every displacement, see `Lattice.places`.
+
+        Σ_f 2 - 2 cos 2πf·δ: the exponentials of the axes' parts of δ are multiplied, the last by matrices.
+        """
+        turns = []
+        for n, step, frequency in zip(lattice.sizes, lattice.step.tolist(), self.frequencies.mT, strict=True):
+            cycles = torch.arange(1 - n, n, dtype=torch.float64, device=frequency.device)[:, None] * step * frequency
+            turns.append(torch.polar(torch.ones_like(cycles), 2 * math.pi * cycles))
+        *rest, last = turns
+        product = torch.ones_like(last[:1])
+        for turn in rest:
+            product = (product[:, None] * turn).flatten(0, 1)
+        table = 2 * (len(self.frequencies) - (product @ last.mT).real.flatten())
+        table = (table + table.flip(0)) / 2  # both ways equally far, in spite of rounding
+        table[len(table) // 2] = 0
+        return table.clamp_(min=0).to(self.frequencies.dtype)

@@ -356,8 +356,15 @@ class VaMoH(nn.Module):
 
     @torch.no_grad()
     def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
-        metric = points.coords if self.neighbor_metric == "raw" else self.encoding(points.coords)
-        return self.encoder.neighborhoods(metric if metric.dim() == 3 else metric[None], points.mask)
+        coords = points.coords if points.coords.dim() == 3 else points.coords[None]
+        if self.neighbor_metric == "raw":
+            return self.encoder.neighborhoods(coords, points.mask)
+        mask = points.mask
+        if mask is not None:
+            coords = coords.expand(len(mask), -1, -1)
+        first = self.encoder.stages[0].centroids
+        metric, table = self.encoding.metric(coords, mask, points.count * first)
+        return self.encoder.neighborhoods(metric, mask, table)
 
     def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
         """q(z) and the encoded coordinates of compacted points."""

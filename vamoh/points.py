@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -200,6 +201,66 @@ def antipodes(coords: Tensor) -> Tensor | None:
     near = (coords + coords[partner]).abs().le(tolerance).all(-1)
     mirror = torch.where((first + rank < end) & near, partner, -1)
     return mirror if int((mirror >= 0).sum()) >= 7 / 8 * count else None
+
+
+@dataclass(frozen=True, eq=False)
+class Lattice:
+    """Points at whole multiples of a step per axis, as those of a regular grid or some of them.
+
+    cells [..., D] int64, from 0; sizes: cells per axis; step [D] float64, in units of the coordinates.
+    """
+
+    cells: Tensor
+    sizes: tuple[int, ...]
+    step: Tensor
+
+    @property
+    def displacements(self) -> int:
+        """Number T of displacements between cells: 2n - 1 per axis of n cells."""
+        return math.prod(2 * n - 1 for n in self.sizes)
+
+    def places(self) -> Tensor:
+        """One number per point, int64 [..., 1], such that T // 2 + p - q numbers the displacement from q to p.
+
+        That is its position in a row-major table [2n - 1, ...] of all displacements, from -(n - 1) to n - 1 per axis.
+        """
+        place = torch.zeros_like(self.cells[..., :1])
+        for axis, n in enumerate(self.sizes):
+            place = place * (2 * n - 1) + self.cells[..., axis : axis + 1]
+        return place
+
+
+def lattice(coords: Tensor) -> Lattice | None:
+    """Find the lattice that coords [..., D] lie on by looking at them; None if it has more than 4096 cells an axis.
+
+    A coordinate may be off by what rounding to float32 leaves of it.
+    """
+    flat = coords.detach().double().flatten(0, -2)
+    if not flat.numel():
+        return None
+    cells, sizes, steps = [], [], []
+    for x in flat.unbind(-1):
+        tolerance = float(x.abs().max()) * 2**-21
+        values = x.unique()
+        gaps = values.diff()
+        gaps = gaps[gaps > tolerance]
+        low, extent = values[0], float(values[-1] - values[0])
+        intervals = round(extent / float(gaps.min())) if len(gaps) else 0
+        if intervals >= _MOST_CELLS:
+            return None
+        step = extent / intervals if intervals else 1.0
+        cell = ((x - low) / step).round()
+        if ((x - low - cell * step).abs() > tolerance).any():
+            return None
+        cells.append(cell.long())
+        sizes.append(intervals + 1)
+        steps.append(step)
+    shape = (*coords.shape[:-1], len(sizes))
+    return Lattice(torch.stack(cells, -1).reshape(shape), tuple(sizes), torch.tensor(steps, dtype=torch.float64))
+
+
+_MOST_CELLS = 4096
+"""Per axis of a lattice."""
 
 
 def to_grid(values: Tensor, shape: Sequence[int]) -> Tensor:

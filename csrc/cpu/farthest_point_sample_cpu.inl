@@ -64,3 +64,39 @@ void sample(const T* panels, int64_t n, int64_t dims, int64_t samples, T* neares
     while (nearest[taken] != panel_best[best]) ++taken;
   }
 }
+
+// The same on a lattice: the squared distance of places p and q is center[p - q]. places [n] and the scratch nearest
+// [n] reach up to a multiple of the widest panel.
+template <class T>
+void sample_by_table(const int32_t* places, int64_t n, const T* center, int64_t samples, T* nearest, T infinity,
+                     int64_t* order) {
+  using V = typename Vector<T>::type;
+  using Position = decltype(V{} < V{});  // integers as wide as T
+  constexpr int lanes = Vector<T>::lanes;
+  const int64_t padded = (n + lanes - 1) / lanes * lanes;
+  for (int64_t i = 0; i < padded; ++i) nearest[i] = i < n ? infinity : T(-1);
+  Position lane{};
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
+
+  int64_t taken = 0;
+  for (int64_t step = 0;; ++step) {
+    order[step] = taken;
+    if (step + 1 == samples) return;
+    nearest[taken] = T(-1);
+    const T* from = center - places[taken];
+    V farthest = V{} - 2;
+    Position at{}, here = lane;
+    for (int64_t i = 0; i < padded; i += lanes, here += lanes) {
+      V& near = *reinterpret_cast<V*>(nearest + i);
+      const V distance = gather(from, places + i);
+      near = distance < near ? distance : near;
+      const auto farther = near > farthest;
+      farthest = farther ? near : farthest;
+      at = farther ? here : at;
+    }
+    int best = 0;
+    for (int i = 1; i < lanes; ++i)
+      if (farthest[i] > farthest[best] || (farthest[i] == farthest[best] && at[i] < at[best])) best = i;
+    taken = at[best];
+  }
+}

@@ -19,16 +19,19 @@ template <class T>
 struct Kernel {
   decltype(&portable::pack_panels<T, portable::panel_width<T>()>) pack;
   decltype(&portable::search<T>) search;
+  decltype(&portable::search_by_table<T>) search_by_table;
 };
 
 template <class T>
 Kernel<T> kernel(Isa isa) {
+#define VAMOH_TABLE(isa) {&isa::pack_panels<T, isa::panel_width<T>()>, &isa::search<T>, &isa::search_by_table<T>}
 #if VAMOH_X86
-  if (isa == Isa::avx512) return {&avx512::pack_panels<T, avx512::panel_width<T>()>, &avx512::search<T>};
-  if (isa == Isa::avx2) return {&avx2::pack_panels<T, avx2::panel_width<T>()>, &avx2::search<T>};
+  if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
+  if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
 #endif
   (void)isa;
-  return {&portable::pack_panels<T, portable::panel_width<T>()>, &portable::search<T>};
+  return VAMOH_TABLE(portable);
+#undef VAMOH_TABLE
 }
 
 // A row ends in -1 where distances are NaN or infinite: put the first candidates there that the row does not hold yet.
@@ -42,19 +45,18 @@ void complete(int64_t* positions, int64_t neighbors) {
   }
 }
 
-}  // namespace
-
-template <class T>
-void knn(const T* points, int64_t points_step, const T* queries, int64_t queries_step, const bool* mask,
-         int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
-         int64_t neighbors, int threads, Isa isa) {
-  const Kernel<T> run = kernel<T>(isa);
+// Calls pack(b, candidates, n, packed) for every function, where `size` values of type Packed hold a candidate, and
+// then search(b, packed, n, row, rows, distances, positions) for its queries, a few at a time.
+template <class T, class Packed, class Pack, class Search>
+void for_each_query(const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t count,
+                    int64_t num_queries, int64_t size, int64_t neighbors, int threads, const Pack& pack,
+                    const Search& search) {
   const int64_t padded = round_up(count, kWidestPanel);
-  const int64_t bytes = std::max<int64_t>(padded * dims * static_cast<int64_t>(sizeof(T)), 1);
+  const int64_t bytes = std::max<int64_t>(padded * size * static_cast<int64_t>(sizeof(Packed)), 1);
   const int64_t together = std::min(batch, std::max<int64_t>(kPackedBytes / bytes, 1));
   const int64_t tasks = (num_queries + kRowsPerTask - 1) / kRowsPerTask;
   const int64_t list = kRowsPerTask * neighbors;
-  const Buffer<T> panels = allocate<T>(together * padded * dims);
+  const Buffer<Packed> packed = allocate<Packed>(together * padded * size);
   const Buffer<int64_t> candidates = allocate<int64_t>(together * padded);
   const Buffer<int64_t> counts = allocate<int64_t>(together);
   const Buffer<T> distances = allocate<T>(std::max(threads, 1) * list);
@@ -69,24 +71,63 @@ void knn(const T* points, int64_t points_step, const T* queries, int64_t queries
       for (int64_t j = 0; j < count; ++j)
         if (!allowed || allowed[j]) index[n++] = j;
       counts[i] = n;
-      run.pack(points + (b0 + i) * points_step, index, n, dims, panels.get() + i * padded * dims);
+      pack(b0 + i, index, n, packed.get() + i * padded * size);
     });
     pool.run(here * tasks, threads, [&](int64_t task, int worker) {
       const int64_t i = task / tasks, row = task % tasks * kRowsPerTask;
       const int64_t rows = std::min(kRowsPerTask, num_queries - row);
       const int64_t* index = candidates.get() + i * padded;
       int64_t* result = out + ((b0 + i) * num_queries + row) * neighbors;
-      run.search(panels.get() + i * padded * dims, counts[i], dims, queries + (b0 + i) * queries_step + row * dims,
-                 rows, neighbors, std::numeric_limits<T>::infinity(), distances.get() + worker * list, result);
+      search(b0 + i, packed.get() + i * padded * size, counts[i], row, rows, distances.get() + worker * list, result);
       for (int64_t r = 0; r < rows; ++r) complete(result + r * neighbors, neighbors);
       for (int64_t j = 0; j < rows * neighbors; ++j) result[j] = index[result[j]];
     });
   }
 }
 
-template void knn(const float*, int64_t, const float*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,
-                  int64_t, int64_t, int64_t, int, Isa);
-template void knn(const double*, int64_t, const double*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,
-                  int64_t, int64_t, int64_t, int, Isa);
+}  // namespace
+
+template <class T>
+void knn(const T* points, int64_t points_step, const T* queries, int64_t queries_step, const bool* mask,
+         int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
+         int64_t neighbors, int threads, Isa isa) {
+  const Kernel<T> run = kernel<T>(isa);
+  for_each_query<T, T>(
+      mask, mask_step, out, batch, count, num_queries, dims, neighbors, threads,
+      [&](int64_t b, const int64_t* index, int64_t n, T* panels) {
+        run.pack(points + b * points_step, index, n, dims, panels);
+      },
+      [&](int64_t b, const T* panels, int64_t n, int64_t row, int64_t rows, T* distances, int64_t* positions) {
+        run.search(panels, n, dims, queries + b * queries_step + row * dims, rows, neighbors,
+                   std::numeric_limits<T>::infinity(), distances, positions);
+      });
+}
+
+template <class T>
+void knn_by_table(const int64_t* points, int64_t points_step, const int64_t* queries, int64_t queries_step,
+                  const T* table, int64_t table_size, const bool* mask, int64_t mask_step, int64_t* out, int64_t batch,
+                  int64_t count, int64_t num_queries, int64_t neighbors, int threads, Isa isa) {
+  const Kernel<T> run = kernel<T>(isa);
+  for_each_query<T, int32_t>(
+      mask, mask_step, out, batch, count, num_queries, 1, neighbors, threads,
+      [&](int64_t b, const int64_t* index, int64_t n, int32_t* places) {
+        const int64_t* from = points + b * points_step;
+        for (int64_t i = 0; i < n; ++i) places[i] = static_cast<int32_t>(from[index[i]]);
+        std::fill(places + n, places + round_up(n, kWidestPanel), n ? places[n - 1] : 0);
+      },
+      [&](int64_t b, const int32_t* places, int64_t n, int64_t row, int64_t rows, T* distances, int64_t* positions) {
+        run.search_by_table(places, n, table + table_size / 2, queries + b * queries_step + row, rows, neighbors,
+                            std::numeric_limits<T>::infinity(), distances, positions);
+      });
+}
+
+#define VAMOH_INSTANTIATE(T)                                                                                          \
+  template void knn(const T*, int64_t, const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t, int64_t, \
+                    int64_t, int64_t, int, Isa);                                                                      \
+  template void knn_by_table(const int64_t*, int64_t, const int64_t*, int64_t, const T*, int64_t, const bool*,       \
+                             int64_t, int64_t*, int64_t, int64_t, int64_t, int64_t, int, Isa);
+VAMOH_INSTANTIATE(float)
+VAMOH_INSTANTIATE(double)
+#undef VAMOH_INSTANTIATE
 
 }  // namespace vamoh

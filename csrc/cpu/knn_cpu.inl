@@ -73,3 +73,26 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
     }
   }
 }
+
+// The same on a lattice: the squared distance of places p and q is center[p - q]. places [n] is readable up to a
+// multiple of the widest panel.
+template <class T>
+void search_by_table(const int32_t* places, int64_t n, const T* center, const int64_t* queries, int64_t rows,
+                     int64_t neighbors, T infinity, T* distances, int64_t* positions) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes;
+  for (int64_t i = 0; i < rows * neighbors; ++i) {
+    distances[i] = infinity;
+    positions[i] = -1;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* list = distances + r * neighbors;
+    for (int64_t first = 0; first < n; first += lanes) {
+      const V distance = gather(center - queries[r], places + first);
+      if (!any(distance < list[neighbors - 1])) continue;
+      for (int64_t lane = 0; lane < lanes && first + lane < n; ++lane)
+        if (distance[lane] < list[neighbors - 1])
+          insert(list, positions + r * neighbors, neighbors, distance[lane], first + lane);
+    }
+  }
+}

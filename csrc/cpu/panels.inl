@@ -31,3 +31,39 @@ inline bool any(const Mask& mask) {
   for (int i = 0; i < kVectorBytes / 8; ++i) bits |= words[i];
   return bits != 0;
 }
+
+// Entries of a table at `at` [lanes].
+template <class T>
+inline typename Vector<T>::type gather(const T* table, const int32_t* at) {
+  typename Vector<T>::type result{};
+  for (int lane = 0; lane < Vector<T>::lanes; ++lane) result[lane] = table[at[lane]];
+  return result;
+}
+
+// The masked intrinsics with every lane set: GCC warns that the plain ones read what they never set.
+#if VAMOH_VECTOR_BITS == 512
+template <>
+inline Vector<float>::type gather(const float* table, const int32_t* at) {
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, _mm512_loadu_si512(at), table, 4);
+}
+
+template <>
+inline Vector<double>::type gather(const double* table, const int32_t* at) {
+  const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  return _mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xff, index, table, 8);
+}
+#elif VAMOH_VECTOR_BITS == 256
+template <>
+inline Vector<float>::type gather(const float* table, const int32_t* at) {
+  const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, index, all, 4);
+}
+
+template <>
+inline Vector<double>::type gather(const double* table, const int32_t* at) {
+  const __m128i index = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  const __m256d all = _mm256_castsi256_pd(_mm256_set1_epi32(-1));
+  return _mm256_mask_i32gather_pd(_mm256_setzero_pd(), table, index, all, 8);
+}
+#endif

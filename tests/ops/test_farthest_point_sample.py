@@ -71,6 +71,43 @@ def test_any_masked_cloud(data):
         assert result.tolist() == padded
 
 
+def lattice_cloud(batch: int, n: int, half: int = 30) -> tuple[Tensor, Tensor]:
+    """Places [batch, n, 1] and a table of distances with many ties, not the same both ways."""
+    generator = np.random.default_rng(0)
+    table = torch.from_numpy(generator.integers(0, 9, 2 * half + 1)).float()
+    return torch.from_numpy(generator.integers(0, half + 1, (batch, n, 1))), table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(2, 1), (5, 2), (64, 20), (65, 64), (129, 40)])
+def test_table_of_distances(backend, isas, monkeypatch, n, m, dtype):
+    places, table = lattice_cloud(3, n)
+    mask = torch.from_numpy(np.random.default_rng(2).random((3, n)) < 0.7) | (torch.arange(n) % 3 == 0)
+
+    def order(b: int) -> list[int]:
+        left = mask[b].nonzero()[:, 0].tolist()
+        if len(left) <= m:
+            return left + [-1] * (m - len(left))
+        taken = [left.pop(0)]
+        while len(taken) < m:
+            gap = {i: min(float(table[30 + places[b, i] - places[b, j]]) for j in taken) for i in left}
+            taken.append(min(gap, key=lambda i: (-gap[i], i)))
+            left.remove(taken[-1])
+        return taken
+
+    expected = [order(b)[: min(m, int(mask.sum(1).max()))] for b in range(3)]
+    for isa in isas if backend == "cpu" else [None]:
+        if isa:
+            monkeypatch.setenv("VAMOH_ISA", isa)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            result = farthest_point_sample(places, m, mask, table=table.to(dtype), backend=backend)
+            assert result.tolist() == expected
+    one = farthest_point_sample(places[1], m, table=table.repeat_interleave(2)[::2], backend=backend)
+    both = farthest_point_sample(places[1:2].expand(2, -1, -1), m, table=table, backend=backend)
+    assert both.tolist() == [one.tolist()] * 2
+
+
 def test_grid_corners_then_centre(backend):
     order = farthest_point_sample(grid_coords((5, 5)), 5, backend=backend)
     assert order.tolist() == [0, 24, 4, 20, 12]
@@ -153,7 +190,9 @@ def test_contract_of_torch_library(backend):
     coords, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
     torch.use_deterministic_algorithms(False)
     for m in (None, mask):
-        torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (coords, m, 5, backend))
+        torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (coords, m, 5, None, backend))
+    places, table = lattice_cloud(2, 12)
+    torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (places, None, 5, table, backend))
     assert not farthest_point_sample(coords, 5, backend=backend).requires_grad
     compiled = torch.compile(farthest_point_sample, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(coords, 5, backend=backend), farthest_point_sample(coords, 5, backend=backend))

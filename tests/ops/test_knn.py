@@ -64,6 +64,42 @@ def test_any_masked_cloud(data):
         assert result.tolist() == expected
 
 
+def lattice_cloud(batch: int, n: int, half: int = 30, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Places [batch, n, 1] and a table of distances with many ties, not the same both ways."""
+    generator = np.random.default_rng(seed)
+    table = torch.from_numpy(generator.integers(0, 9, 2 * half + 1)).float()
+    return torch.from_numpy(generator.integers(0, half + 1, (batch, n, 1))), table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m", "s"), [(1, 1, 1), (5, 3, 5), (33, 70, 9), (100, 7, 27), (129, 65, 64)])
+def test_table_of_distances(backend, isas, monkeypatch, n, m, s, dtype):
+    places, table = lattice_cloud(3, n)
+    queries, _ = lattice_cloud(3, m, seed=1)
+    mask = torch.from_numpy(np.random.default_rng(2).random((3, n)) < 0.7) | (torch.arange(n) < s)
+
+    def nearest(b: int, q: int) -> list[int]:
+        distance = {i: float(table[30 + places[b, i] - queries[b, q]]) for i in range(n) if mask[b, i]}
+        return sorted(distance, key=lambda i: (distance[i], i))[:s]
+
+    expected = [[nearest(b, q) for q in range(m)] for b in range(3)]
+    for isa in isas if backend == "cpu" else [None]:
+        if isa:
+            monkeypatch.setenv("VAMOH_ISA", isa)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert knn(places, queries, s, mask, table=table.to(dtype), backend=backend).tolist() == expected
+    shared = knn(places[:1].expand(3, -1, -1), queries, s, table=table, backend=backend)
+    assert torch.equal(shared, knn(places[0], queries, s, table=table.repeat_interleave(2)[::2], backend=backend))
+
+
+def test_nan_in_a_table_counts_as_largest(backend):
+    table = torch.tensor([math.nan, math.inf, 0.0, 2.0, math.nan])
+    places = torch.tensor([[2], [1], [0]])
+    assert knn(places, places[:1], 3, table=table, backend=backend).tolist() == [[0, 1, 2]]
+    assert knn(places, places[2:], 3, table=table, backend=backend).tolist() == [[2, 1, 0]]
+
+
 def test_grid_ties_go_to_the_lowest_index(backend):
     grid = grid_coords((5, 5))
     result = knn(grid, grid, 5, backend=backend)
@@ -153,12 +189,21 @@ def test_contract_of_torch_library(backend):
     points, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
     torch.use_deterministic_algorithms(False)
     for m in (None, mask):
-        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, backend))
+        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, None, backend))
+    places, table = lattice_cloud(2, 12)
+    torch.library.opcheck(torch.ops.vamoh.knn, (places, places[:, :4], 5, mask, table, backend))
     compiled = torch.compile(knn, fullgraph=True, backend="aot_eager")
     for m in (None, mask):
         expected = knn(points, points, 5, m, backend=backend)
         assert torch.equal(compiled(points, points, 5, m, backend=backend), expected)
         assert not expected.requires_grad
+
+
+PLACES = {
+    "points": torch.zeros(4, 1, dtype=torch.int64),
+    "queries": torch.zeros(3, 1, dtype=torch.int64),
+    "table": torch.zeros(5),
+}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +227,22 @@ def test_contract_of_torch_library(backend):
             ValueError,
             "num_neighbors must be at most the 1 candidates in item 1, got 2",
         ),
+        ({"points": torch.zeros(4, 2).long()}, TypeError, "points must have dtype float32 or float64, got int64"),
+        (PLACES | {"points": torch.zeros(4, 1)}, TypeError, "points must have dtype int64, got float32"),
+        (PLACES | {"points": torch.zeros(4, 2).long()}, ValueError, r"points must have shape \[N, 1\], got \[4, 2\]"),
+        (PLACES | {"table": torch.zeros(4)}, ValueError, "table must have an odd number of entries below 2.31, got 4"),
+        (PLACES | {"table": torch.zeros(5).long()}, TypeError, "table must have dtype float32 or float64, got int64"),
+        (
+            PLACES | {"queries": torch.tensor([[1], [3], [-1]])},
+            ValueError,
+            "queries must lie between 0 and 2, half of the table, got -1 to 3",
+        ),
+        (
+            PLACES | {"points": torch.full((4, 1), 3)},
+            ValueError,
+            "points must lie between 0 and 2, half of the table, got 3 to 3",
+        ),
+        (PLACES | {"table": torch.zeros(5, device="meta")}, TypeError, "points must be on meta, got cpu"),
         (
             {"points": torch.zeros(3, 4, 2), "queries": torch.zeros(2, 3, 2)},
             ValueError,

@@ -7,14 +7,37 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
 
+POINTS = (*FLOATING, torch.int64)
+"""Dtypes of a cloud: coordinates, or places in a table."""
 
-def check_points(where: str, name: str, value: Tensor, rows: str) -> int | None:
-    """Check a point cloud [rows, D] or [B, rows, D]; return B, or None if it has no batch."""
+
+def check_points(where: str, name: str, value: Tensor, rows: str, table: Tensor | None = None) -> int | None:
+    """Check a point cloud [rows, D] or [B, rows, D]; return B, or None if it has no batch.
+
+    With a table of squared distances, check that as well, and that the cloud holds places in it.
+    """
     if isinstance(value, Tensor) and value.dim() not in (2, 3):
         raise ValueError(f"{where}: {name} must have shape [{rows}, D] or [B, {rows}, D], got {list(value.shape)}")
     lead = ["B"] if isinstance(value, Tensor) and value.dim() == 3 else []
-    check_tensor(where, name, value, [*lead, rows, "D"], dtypes=FLOATING)
+    if table is None:
+        check_tensor(where, name, value, [*lead, rows, "D"], dtypes=FLOATING)
+    else:
+        check_tensor(where, "table", table, ["T"], dtypes=FLOATING)
+        if len(table) % 2 == 0 or len(table) >= 1 << 31:
+            raise ValueError(f"{where}: table must have an odd number of entries below 2^31, got {len(table)}")
+        check_tensor(where, name, value, [*lead, rows, 1], dtypes=[torch.int64])
+        if value.device != table.device:
+            raise TypeError(f"{where}: {name} must be on {table.device}, got {value.device}")
     return value.shape[0] if value.dim() == 3 else None
+
+
+def check_places(where: str, name: str, places: Tensor, table: Tensor) -> None:
+    """Check that the differences of places lie in the table."""
+    if places.numel() and (places.min() < 0 or places.max() > len(table) // 2):
+        raise ValueError(
+            f"{where}: {name} must lie between 0 and {len(table) // 2}, half of the table, "
+            f"got {int(places.min())} to {int(places.max())}"
+        )
 
 
 def check_mask(where: str, mask: Tensor | None, points: Tensor, batch: int | None) -> int | None:
@@ -33,11 +56,14 @@ def check_mask(where: str, mask: Tensor | None, points: Tensor, batch: int | Non
     return mask.shape[0] if mask.dim() == 2 else batch
 
 
-def squared_distances(points: Tensor, queries: Tensor) -> Tensor:
+def squared_distances(points: Tensor, queries: Tensor, table: Tensor | None) -> Tensor:
     """Squared distances [..., M, N] between queries [D, ..., M] and points [D, ..., N], dimensions first.
 
-    Summed over the dimensions one after another, as the kernels do, so that all backends get the same bits.
+    Summed over the dimensions one after another, as the kernels do, so that all backends get the same bits. With a
+    table, those of places in it.
     """
+    if table is not None:
+        return table[len(table) // 2 + points[0][..., None, :] - queries[0][..., :, None]]
     total = points.new_zeros(*queries.shape[1:], points.shape[-1])
     for q, p in zip(queries, points, strict=True):
         difference = q[..., :, None] - p[..., None, :]

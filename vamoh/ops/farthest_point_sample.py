@@ -7,13 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from vamoh._checks import FLOATING, check_positive
+from vamoh._checks import check_positive
 from vamoh.ops._backend import items, native, native_isa, native_unavailable, register, resolve
-from vamoh.ops._points import check_mask, check_points, squared_distances
+from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
 
 
 def farthest_point_sample(
-    coords: Tensor, num_samples: int, mask: Tensor | None = None, *, backend: str | None = None
+    coords: Tensor,
+    num_samples: int,
+    mask: Tensor | None = None,
+    *,
+    table: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Indices of points that lie far apart, int64 [M], or [B, M] if coords or mask hold a batch.
 
@@ -23,83 +28,100 @@ def farthest_point_sample(
     candidates gets them all in index order, then -1; M = min(num_samples, most candidates of an item).
     A NaN distance brings no candidate nearer. All backends return the same indices. Not differentiable.
 
+    table [T], float32 or float64, T odd: squared distances on a lattice, where they depend on the displacement alone.
+    coords are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to a point q taken is
+    table[T // 2 + p - q]: `vamoh.points.Lattice` makes both.
+
     With a mask, M depends on its values: that breaks the graph of `torch.compile`.
     Raises TypeError or ValueError naming the argument, ValueError for an item without candidates.
     """
     where = "farthest_point_sample"
-    batch = check_mask(where, mask, coords, check_points(where, "coords", coords, "N"))
+    batch = check_mask(where, mask, coords, check_points(where, "coords", coords, "N", table))
     check_positive(where, "num_samples", num_samples)
     shape = [1 if batch is None else batch, *coords.shape[-2:]]
     order: Tensor = torch.ops.vamoh.farthest_point_sample(
-        coords.detach().expand(shape), None if mask is None else mask.expand(shape[:2]), num_samples, backend
+        coords.detach().expand(shape),
+        None if mask is None else mask.expand(shape[:2]),
+        num_samples,
+        None if table is None else table.detach(),
+        backend,
     )
     return order[0] if batch is None else order
 
 
 torch.library.define(
-    "vamoh::farthest_point_sample", "(Tensor coords, Tensor? mask, int num_samples, str? backend) -> Tensor"
+    "vamoh::farthest_point_sample",
+    "(Tensor coords, Tensor? mask, int num_samples, Tensor? table, str? backend) -> Tensor",
 )
 
 
 @torch.library.register_fake("vamoh::farthest_point_sample")
-def _fake(coords: Tensor, mask: Tensor | None, num_samples: int, backend: str | None) -> Tensor:
+def _fake(coords: Tensor, mask: Tensor | None, num_samples: int, *_: object) -> Tensor:
     samples = min(num_samples, coords.shape[1]) if mask is None else torch.library.get_ctx().new_dynamic_size()
     return coords.new_empty((coords.shape[0], samples), dtype=torch.int64)
 
 
 @torch.library.impl("vamoh::farthest_point_sample", "CompositeExplicitAutograd")
-def _run(coords: Tensor, mask: Tensor | None, num_samples: int, backend: str | None) -> Tensor:
+def _run(coords: Tensor, mask: Tensor | None, num_samples: int, table: Tensor | None, backend: str | None) -> Tensor:
     batch, points, _ = coords.shape
     counts = [points] * batch if mask is None else mask.sum(1).tolist()
     if 0 in counts:
         name, item = ("coords", "") if mask is None else ("mask", f" in item {counts.index(0)}")
         raise ValueError(f"farthest_point_sample: {name} must leave at least one candidate, got none{item}")
     samples = min(num_samples, max(counts, default=points))
+    if table is not None:
+        check_places("farthest_point_sample", "coords", coords, table)
     chosen = resolve("farthest_point_sample", coords.device, coords.dtype, backend)
     run = _native if chosen == "cpu" else farthest_point_sample_reference
-    return run(coords, mask, samples)
+    return run(coords, mask, samples, table)
 
 
-def farthest_point_sample_reference(coords: Tensor, mask: Tensor | None, samples: int) -> Tensor:
-    """Plain torch: indices [B, samples] from coords [B, N, D] and mask [B, N]."""
+def farthest_point_sample_reference(coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
+    """Plain torch: indices [B, samples] from coords [B, N, D], mask [B, N] and table [T]."""
     batch, points, _ = coords.shape
     by_dim = coords.permute(2, 0, 1).contiguous()  # [D, B, N]
     index = torch.arange(points, device=coords.device).expand(batch, points)
     if mask is None:
         mask = torch.ones_like(index, dtype=torch.bool)
     listed = index.where(mask, points).sort(1).values[:, :samples]
-    nearest = torch.where(mask, math.inf, -1.0).to(coords.dtype)  # to the points taken; -1: cannot be taken
+    dtype = (coords if table is None else table).dtype
+    nearest = torch.where(mask, math.inf, -1.0).to(dtype)  # to the points taken; -1: cannot be taken
     order = torch.empty(batch, samples, dtype=torch.int64, device=coords.device)
     for step in range(samples):
         taken = listed[:, :1] if step == 0 else nearest.argmax(1, keepdim=True)  # the first of equals
         order[:, step] = taken[:, 0]
-        distance = squared_distances(by_dim, by_dim.take_along_dim(taken[None], 2))[:, 0]
+        distance = squared_distances(by_dim, by_dim.take_along_dim(taken[None], 2), table)[:, 0]
         nearest = torch.where(distance < nearest, distance, nearest).scatter(1, taken, -1.0)
     takes_all = mask.sum(1, keepdim=True) <= samples
     return torch.where(takes_all, listed.masked_fill(listed == points, -1), order)
 
 
-def _native(coords: Tensor, mask: Tensor | None, samples: int) -> Tensor:
+def _native(coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
     batch, points, dims = coords.shape
     coords, coords_step = items(coords)
     mask, mask_step = (None, 0) if mask is None else items(mask)
     order = torch.empty(batch, samples, dtype=torch.int64)
-    native().farthest_point_sample(
-        coords=coords.data_ptr(),
-        coords_step=coords_step,
-        mask=0 if mask is None else mask.data_ptr(),
-        mask_step=mask_step,
-        out=order.data_ptr(),
-        batch=batch,
-        points=points,
-        dims=dims,
-        samples=samples,
-        is_double=coords.dtype == torch.float64,
-        threads=torch.get_num_threads(),
-        isa=native_isa(),
-    )
+    common = {
+        "coords": coords.data_ptr(),
+        "coords_step": coords_step,
+        "mask": 0 if mask is None else mask.data_ptr(),
+        "mask_step": mask_step,
+        "out": order.data_ptr(),
+        "batch": batch,
+        "points": points,
+        "samples": samples,
+        "threads": torch.get_num_threads(),
+        "isa": native_isa(),
+    }
+    if table is None:
+        native().farthest_point_sample(**common, dims=dims, is_double=coords.dtype == torch.float64)
+    else:
+        table = table.contiguous()
+        native().farthest_point_sample_by_table(
+            **common, table=table.data_ptr(), table_size=len(table), is_double=table.dtype == torch.float64
+        )
     return order
 
 
-register("farthest_point_sample", "cpu", devices=["cpu"], dtypes=FLOATING, unavailable=native_unavailable)
+register("farthest_point_sample", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
 register("farthest_point_sample", "reference")

@@ -7,16 +7,22 @@ import math
 import torch
 from torch import Tensor
 
-from vamoh._checks import FLOATING, check_positive, check_tensor
+from vamoh._checks import check_positive, check_tensor
 from vamoh.ops._backend import items, native, native_isa, native_unavailable, register, resolve
-from vamoh.ops._points import check_mask, check_points, squared_distances
+from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
 
 _CHUNK = 1 << 18
 """Most distances alive at once in the reference."""
 
 
 def knn(
-    points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None = None, *, backend: str | None = None
+    points: Tensor,
+    queries: Tensor,
+    num_neighbors: int,
+    mask: Tensor | None = None,
+    *,
+    table: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Indices int64 [M, S] of the S = num_neighbors points nearest to each query, [B, M, S] if any input has a batch.
 
@@ -25,11 +31,15 @@ def knn(
     distance, then by index; a query that is a point has itself among them. NaN and overflowing distances count as
     equal and largest. All backends return the same indices. Not differentiable.
 
+    table [T], float32 or float64, T odd: squared distances on a lattice, where they depend on the displacement alone.
+    points and queries are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to q is
+    table[T // 2 + p - q]: `vamoh.points.Lattice` makes both.
+
     Raises TypeError or ValueError naming the argument, ValueError for an item with fewer candidates than num_neighbors.
     """
     where = "knn"
-    points_batch = check_points(where, "points", points, "N")
-    batch = check_points(where, "queries", queries, "M")
+    points_batch = check_points(where, "points", points, "N", table)
+    batch = check_points(where, "queries", queries, "M", table)
     lead = [] if batch is None else [batch if points_batch is None else points_batch]
     check_tensor(where, "queries", queries, [*lead, "M", points.shape[-1]], like=points)
     batch = check_mask(where, mask, points, batch if points_batch is None else points_batch)
@@ -40,76 +50,95 @@ def knn(
         queries.detach().expand(*lead, -1, -1),
         num_neighbors,
         None if mask is None else mask.expand(*lead, -1),
+        None if table is None else table.detach(),
         backend,
     )
     return index[0] if batch is None else index
 
 
 torch.library.define(
-    "vamoh::knn", "(Tensor points, Tensor queries, int num_neighbors, Tensor? mask, str? backend) -> Tensor"
+    "vamoh::knn",
+    "(Tensor points, Tensor queries, int num_neighbors, Tensor? mask, Tensor? table, str? backend) -> Tensor",
 )
 
 
 @torch.library.register_fake("vamoh::knn")
-def _fake(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, backend: str | None) -> Tensor:
+def _fake(points: Tensor, queries: Tensor, num_neighbors: int, *_: object) -> Tensor:
     return queries.new_empty((*queries.shape[:2], num_neighbors), dtype=torch.int64)
 
 
 @torch.library.impl("vamoh::knn", "CompositeExplicitAutograd")
-def _run(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, backend: str | None) -> Tensor:
+def _run(
+    points: Tensor,
+    queries: Tensor,
+    num_neighbors: int,
+    mask: Tensor | None,
+    table: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     batch, count, _ = points.shape
     counts = [count] * batch if mask is None else mask.sum(1).tolist()
     fewest = min(counts, default=num_neighbors)
     if fewest < num_neighbors:
         item = "" if mask is None else f" in item {counts.index(fewest)}"
         raise ValueError(f"knn: num_neighbors must be at most the {fewest} candidates{item}, got {num_neighbors}")
+    if table is not None:
+        check_places("knn", "points", points, table)
+        check_places("knn", "queries", queries, table)
     chosen = resolve("knn", points.device, points.dtype, backend)
-    return (_native if chosen == "cpu" else knn_reference)(points, queries, num_neighbors, mask)
+    return (_native if chosen == "cpu" else knn_reference)(points, queries, num_neighbors, mask, table)
 
 
-def knn_reference(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None) -> Tensor:
-    """Plain torch: indices [B, M, S] from points [B, N, D], queries [B, M, D] and mask [B, N]."""
+def knn_reference(
+    points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None
+) -> Tensor:
+    """Plain torch: indices [B, M, S] from points [B, N, D], queries [B, M, D], mask [B, N] and table [T]."""
     batch, count, _ = points.shape
     index = torch.empty(*queries.shape[:2], num_neighbors, dtype=torch.int64, device=points.device)
     rows = max(1, _CHUNK // max(count, 1))
-    largest = torch.finfo(points.dtype).max
+    largest = torch.finfo((points if table is None else table).dtype).max
     for b in range(batch):
         by_dim = points[b].T.contiguous()  # [D, N]
         for start in range(0, queries.shape[1], rows):
             part = slice(start, start + rows)
-            distance = squared_distances(by_dim, queries[b, part].T).nan_to_num(nan=largest, posinf=largest)
+            distance = squared_distances(by_dim, queries[b, part].T, table).nan_to_num(nan=largest, posinf=largest)
             if mask is not None:
                 distance.masked_fill_(~mask[b], math.inf)
             index[b, part] = distance.sort(dim=1, stable=True).indices[:, :num_neighbors]
     return index
 
 
-def _native(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None) -> Tensor:
+def _native(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None) -> Tensor:
     batch, count, dims = points.shape
     num_queries = queries.shape[1]
     index = torch.empty(batch, num_queries, num_neighbors, dtype=torch.int64)
     points, points_step = items(points)
     queries, queries_step = items(queries)
     mask, mask_step = (None, 0) if mask is None else items(mask)
-    native().knn(
-        points=points.data_ptr(),
-        points_step=points_step,
-        queries=queries.data_ptr(),
-        queries_step=queries_step,
-        mask=0 if mask is None else mask.data_ptr(),
-        mask_step=mask_step,
-        out=index.data_ptr(),
-        batch=batch,
-        count=count,
-        num_queries=num_queries,
-        dims=dims,
-        neighbors=num_neighbors,
-        is_double=points.dtype == torch.float64,
-        threads=torch.get_num_threads(),
-        isa=native_isa(),
-    )
+    common = {
+        "points": points.data_ptr(),
+        "points_step": points_step,
+        "queries": queries.data_ptr(),
+        "queries_step": queries_step,
+        "mask": 0 if mask is None else mask.data_ptr(),
+        "mask_step": mask_step,
+        "out": index.data_ptr(),
+        "batch": batch,
+        "count": count,
+        "num_queries": num_queries,
+        "neighbors": num_neighbors,
+        "threads": torch.get_num_threads(),
+        "isa": native_isa(),
+    }
+    if table is None:
+        native().knn(**common, dims=dims, is_double=points.dtype == torch.float64)
+    else:
+        table = table.contiguous()
+        native().knn_by_table(
+            **common, table=table.data_ptr(), table_size=len(table), is_double=table.dtype == torch.float64
+        )
     return index
 
 
-register("knn", "cpu", devices=["cpu"], dtypes=FLOATING, unavailable=native_unavailable)
+register("knn", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
 register("knn", "reference")
