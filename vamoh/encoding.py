@@ -85,17 +85,20 @@ class FourierFeatures(nn.Module):
     def _squared_distances(self, lattice: Lattice) -> Tensor:
         """Squared distance of the encoded ends of every displacement, see `Lattice.places`.
 
-        Σ_f 2 - 2 cos 2πf·δ: the exponentials of the axes' parts of δ are multiplied, the last by matrices.
+        Σ_f 2 - 2 cos 2πf·δ, where the angle is a sum over the axes: its cosine and sine come from theirs, axis by axis,
+        and the last axis is a matrix product.
         """
-        turns = []
+        cosines, sines = [], []
         for n, step, frequency in zip(lattice.sizes, lattice.step.tolist(), self.frequencies.mT, strict=True):
-            cycles = torch.arange(1 - n, n, dtype=torch.float64, device=frequency.device)[:, None] * step * frequency
-            turns.append(torch.polar(torch.ones_like(cycles), 2 * math.pi * cycles))
-        *rest, last = turns
-        product = torch.ones_like(last[:1])
-        for turn in rest:
-            product = (product[:, None] * turn).flatten(0, 1)
-        table = 2 * (len(self.frequencies) - (product @ last.mT).real.flatten())
+            offset = torch.arange(1 - n, n, dtype=torch.float64, device=frequency.device)[:, None]
+            angle = offset * (2 * math.pi * step * frequency.double())
+            cosines.append(angle.cos())
+            sines.append(angle.sin())
+        cosine, sine = torch.ones_like(cosines[-1][:1]), torch.zeros_like(sines[-1][:1])
+        for c, s in zip(cosines[:-1], sines[:-1], strict=True):
+            cosine, sine = cosine[:, None], sine[:, None]
+            cosine, sine = (cosine * c - sine * s).flatten(0, 1), (sine * c + cosine * s).flatten(0, 1)
+        table = 2 * (len(self.frequencies) - (cosine @ cosines[-1].mT - sine @ sines[-1].mT).flatten())
         table = (table + table.flip(0)) / 2  # both ways equally far, in spite of rounding
         table[len(table) // 2] = 0
         return table.clamp_(min=0).to(self.frequencies.dtype)

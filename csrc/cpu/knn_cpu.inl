@@ -20,6 +20,22 @@ inline void insert(T* distances, int64_t* positions, int64_t size, T distance, i
   positions[i] = position;
 }
 
+// Puts those of a panel's distances, of points from `first` to n, that are below the last of a list into it.
+template <class T>
+inline void insert_near(const T* found, int64_t first, int64_t n, int64_t neighbors, T* distances,
+                        int64_t* positions) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes;
+  uint32_t near = 0;
+  for (int v = 0; v < kVectors; ++v)
+    near |= lanes_of(*reinterpret_cast<const V*>(found + v * lanes) < distances[neighbors - 1]) << (v * lanes);
+  for (; near; near &= near - 1) {
+    const int lane = __builtin_ctz(near);
+    if (first + lane < n && found[lane] < distances[neighbors - 1])
+      insert(distances, positions, neighbors, found[lane], first + lane);
+  }
+}
+
 // Neighbours of the `rows` queries [rows, dims] among the n packed points: positions [rows, neighbors], with -1 at the
 // end of a row that has fewer finite distances. distances [rows, neighbors] is scratch.
 template <class T>
@@ -60,16 +76,11 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
         nearer = any(below);
       } while (nearer && d < dims);
       if (!nearer) continue;
-      V found[kRows][kVectors];  // a copy: indexing single lanes of `sum` would keep it out of registers above
+      alignas(sizeof(V)) T found[kRows][W];  // a copy: indexing single lanes would keep `sum` out of registers above
       for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) found[r][v] = sum[r][v];
-      for (int64_t r = 0; r < used; ++r) {
-        T* list = distances + (row + r) * neighbors;
-        const T* distance = reinterpret_cast<const T*>(found[r]);
-        for (int64_t lane = 0; lane < W && first + lane < n; ++lane)
-          if (distance[lane] < list[neighbors - 1])
-            insert(list, positions + (row + r) * neighbors, neighbors, distance[lane], first + lane);
-      }
+        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(found[r] + v * lanes) = sum[r][v];
+      for (int64_t r = 0; r < used; ++r)
+        insert_near(found[r], first, n, neighbors, distances + (row + r) * neighbors, positions + (row + r) * neighbors);
     }
   }
 }
@@ -80,19 +91,19 @@ template <class T>
 void search_by_table(const int32_t* places, int64_t n, const T* center, const int64_t* queries, int64_t rows,
                      int64_t neighbors, T infinity, T* distances, int64_t* positions) {
   using V = typename Vector<T>::type;
+  constexpr int64_t W = panel_width<T>();
   constexpr int lanes = Vector<T>::lanes;
   for (int64_t i = 0; i < rows * neighbors; ++i) {
     distances[i] = infinity;
     positions[i] = -1;
   }
   for (int64_t r = 0; r < rows; ++r) {
+    const T* from = center - queries[r];
     T* list = distances + r * neighbors;
-    for (int64_t first = 0; first < n; first += lanes) {
-      const V distance = gather(center - queries[r], places + first);
-      if (!any(distance < list[neighbors - 1])) continue;
-      for (int64_t lane = 0; lane < lanes && first + lane < n; ++lane)
-        if (distance[lane] < list[neighbors - 1])
-          insert(list, positions + r * neighbors, neighbors, distance[lane], first + lane);
+    for (int64_t first = 0; first < n; first += W) {
+      alignas(sizeof(V)) T found[W];
+      for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(found + v * lanes) = gather(from, places + first + v * lanes);
+      insert_near(found, first, n, neighbors, list, positions + r * neighbors);
     }
   }
 }

@@ -22,14 +22,27 @@ void pack_panels(const T* coords, const int64_t* index, int64_t n, int64_t dims,
     }
 }
 
-// True if any bit of the comparison result is set.
+// One bit per lane of a comparison.
+template <class Mask>
+inline uint32_t lanes_of(const Mask& mask) {
+  constexpr bool wide = sizeof(mask[0]) == 8;
+#if VAMOH_VECTOR_BITS == 512
+  const __m512i bits = reinterpret_cast<const __m512i&>(mask);
+  return wide ? _mm512_movepi64_mask(bits) : _mm512_movepi32_mask(bits);
+#elif VAMOH_VECTOR_BITS == 256
+  const __m256i bits = reinterpret_cast<const __m256i&>(mask);
+  return wide ? _mm256_movemask_pd(_mm256_castsi256_pd(bits)) : _mm256_movemask_ps(_mm256_castsi256_ps(bits));
+#else
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) bits |= mask[i] ? 1u << i : 0u;
+  (void)wide;
+  return bits;
+#endif
+}
+
 template <class Mask>
 inline bool any(const Mask& mask) {
-  typedef long long Words __attribute__((vector_size(kVectorBytes), may_alias));
-  const Words words = *reinterpret_cast<const Words*>(&mask);
-  long long bits = 0;
-  for (int i = 0; i < kVectorBytes / 8; ++i) bits |= words[i];
-  return bits != 0;
+  return lanes_of(mask) != 0;
 }
 
 // Entries of a table at `at` [lanes].
