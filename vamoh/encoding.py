@@ -101,4 +101,5 @@ class FourierFeatures(nn.Module):
         table = 2 * (len(self.frequencies) - (cosine @ cosines[-1].mT - sine @ sines[-1].mT).flatten())
         table = (table + table.flip(0)) / 2  # both ways equally far, in spite of rounding
         table[len(table) // 2] = 0
-        return table.clamp_(min=0).to(self.frequencies.dtype)
+        squared: Tensor = table.clamp_(min=0).to(self.frequencies.dtype)
+        return squared

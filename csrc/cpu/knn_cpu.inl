@@ -80,7 +80,8 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(found[r] + v * lanes) = sum[r][v];
       for (int64_t r = 0; r < used; ++r)
-        insert_near(found[r], first, n, neighbors, distances + (row + r) * neighbors, positions + (row + r) * neighbors);
+        insert_near(found[r], first, n, neighbors, distances + (row + r) * neighbors,
+                    positions + (row + r) * neighbors);
     }
   }
 }
@@ -102,7 +103,8 @@ void search_by_table(const int32_t* places, int64_t n, const T* center, const in
     T* list = distances + r * neighbors;
     for (int64_t first = 0; first < n; first += W) {
       alignas(sizeof(V)) T found[W];
-      for (int v = 0; v < kVectors; ++v) *reinterpret_cast<V*>(found + v * lanes) = gather(from, places + first + v * lanes);
+      for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<V*>(found + v * lanes) = gather(from, places + first + v * lanes);
       insert_near(found, first, n, neighbors, list, positions + r * neighbors);
     }
   }
