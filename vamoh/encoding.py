@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
+from vamoh.ops.fourier_features import fourier_features
 from vamoh.points import Lattice, antipodes, lattice
 
 _SMALL_TABLE = 1 << 18
@@ -42,8 +43,7 @@ class FourierFeatures(nn.Module):
         """Encode coords [..., D] of the frequencies' dtype as [..., E]; differentiable."""
         if not len(self.frequencies):
             return coords
-        phase = coords @ (2 * math.pi * self.frequencies).mT
-        return torch.cat([phase.cos(), phase.sin()], -1)
+        return fourier_features(coords, self.frequencies)
 
     def cached(self, coords: Tensor) -> Tensor:
         """`forward`, remembered for coordinates that come again; with gradients or while compiling, computed afresh."""

@@ -14,6 +14,7 @@ T* at(uintptr_t address) {
 }
 
 void bind_farthest_point_sample(py::module_& m);
+void bind_fourier_features(py::module_& m);
 void bind_gating(py::module_& m);
 void bind_inr_mixture(py::module_& m);
 void bind_knn(py::module_& m);

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("flags") = VAMOH_FLAGS;
   m.def("supported_isas", &vamoh::supported_isas);
   bind_farthest_point_sample(m);
+  bind_fourier_features(m);
   bind_gating(m);
   bind_inr_mixture(m);
   bind_knn(m);
