@@ -51,6 +51,13 @@ class PointSet:
             if self.mask.device != values.device:
                 raise TypeError(f"{where}: mask must be on {values.device}, got {self.mask.device}")
 
+    def _with(self, coords: Tensor, values: Tensor, mask: Tensor | None) -> PointSet:
+        """Points made of these, which were checked already: to look at them again would wait for a GPU."""
+        derived = object.__new__(type(self))
+        for name, value in (("coords", coords), ("values", values), ("mask", mask)):
+            object.__setattr__(derived, name, value)
+        return derived
+
     @property
     def batch(self) -> int:
         """Number of functions B."""
@@ -76,7 +83,9 @@ class PointSet:
         mask = self.mask
         if mask is not None and not isinstance(target, torch.dtype):
             mask = mask.to(target)
-        return PointSet(self.coords.to(target), self.values.to(target), mask)
+        if isinstance(target, torch.dtype):
+            return PointSet(self.coords.to(target), self.values.to(target), mask)
+        return self._with(self.coords.to(target), self.values.to(target), mask)
 
     def with_mask(self, mask: Tensor | None) -> PointSet:
         """Return the same points with another mask, [N] or [B, N] bool."""
@@ -86,7 +95,7 @@ class PointSet:
         """Keep the points `index` [N'] (int64) of every function, in that order."""
         coords = self.coords[..., index, :]
         mask = None if self.mask is None else self.mask[..., index]
-        return PointSet(coords, self.values[:, index], mask)
+        return self._with(coords, self.values[:, index], mask)
 
     def compact(self) -> PointSet:
         """Drop the points that no function observes; a mask shared by the batch disappears.
@@ -99,8 +108,8 @@ class PointSet:
         any_observed = self.mask if self.mask.dim() == 1 else self.mask.any(0)
         kept = self if bool(any_observed.all()) else self.select(any_observed.nonzero()[:, 0])
         if kept.mask is None or bool(kept.mask.all()):
-            return replace(kept, mask=None)
-        return replace(kept, values=torch.where(kept.mask[..., None], kept.values, 0))
+            return self._with(kept.coords, kept.values, None)
+        return self._with(kept.coords, torch.where(kept.mask[..., None], kept.values, 0), kept.mask)
 
     def drop(self, rate: float, generator: torch.Generator | None = None, at_least: int = 1) -> PointSet:
         """Point dropout: keep each point with probability 1 - rate, one draw shared by the batch (Alg. 1).
