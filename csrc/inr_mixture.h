@@ -6,10 +6,11 @@
 //   mirror    [N]        or null. Point mirror[n] lies opposite to n: features[mirror[n]] = (even, -odd) where
 //                        features[n] = (even, odd) are halves of a row; -1 where there is none. mirror[mirror[n]] = n.
 //                        Only where features are shared and E is even.
+//   mask      [B, N]     or null. Points of each function that count: nothing is read or computed at others.
 //   widths    [depth + 1]  E, hidden widths, C
 //
-// float32. Every result is the same for any number of threads. Scratch memory does not grow with N, except for a copy
-// of shared features and of the values, and grows with threads.
+// float32. Every result is the same for any number of threads. Scratch memory does not grow with N, except for indices
+// and a copy of shared features, and grows with threads.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@ struct InrMixture {
   const float* features;
   int64_t features_step;
   const int64_t* mirror;
+  const bool* mask;  // for the likelihoods only
   const int64_t* widths;
   int64_t depth;
   int64_t batch, components, points;
@@ -46,7 +48,7 @@ void inr_mixture(const InrMixture& mixture, float* outputs, int threads, Isa isa
 void inr_mixture_backward(const InrMixture& mixture, const float* grad_outputs, float* grad_theta, int threads,
                           Isa isa);
 
-// log_p [B, K, N] of values [B, N, C], summed over channels.
+// log_p [B, K, N] of values [B, N, C], summed over channels; 0 outside the mask.
 void inr_mixture_log_likelihood(const InrMixture& mixture, const PointLikelihood& likelihood, const float* values,
                                 float* log_p, int threads, Isa isa);
 

@@ -53,7 +53,8 @@ def test_expected_log_likelihood(inputs, kind, masked):
     likelihood = Likelihood(kind, K, 2).double()
     seen = inputs["mask"].double() if masked else torch.ones(B, N).double()
     q = inputs["log"].exp() * seen[:, None]
-    result = expected_log_likelihood(inputs["theta"], inputs["features"], inputs["values"], q, INR, likelihood)
+    mask = inputs["mask"] if masked else None
+    result = expected_log_likelihood(inputs["theta"], inputs["features"], inputs["values"], q, mask, INR, likelihood)
     expected = torch.einsum("bkn,bkn->b", q, log_p(inputs, likelihood.op, likelihood))
     torch.testing.assert_close(result, expected)
 

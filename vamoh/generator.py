@@ -53,13 +53,14 @@ def expected_log_likelihood(
     features: Tensor,
     values: Tensor,
     q: Tensor,
+    mask: Tensor | None,
     inr: Inr,
     likelihood: Likelihood,
     mirror: Tensor | None = None,
 ) -> Tensor:
-    """E_q(c) log p(y | x, z, c) [B] in nats, summed over points; q [B, K, N] is 0 at unobserved ones."""
+    """E_q(c) log p(y | x, z, c) [B] in nats with q [B, K, N], summed over points observed by mask [B, N]."""
     return inr_mixture_expected_log_likelihood(
-        theta, features, values, q, likelihood.scale, inr, likelihood.op, mirror=mirror
+        theta, features, values, q, likelihood.scale, inr, likelihood.op, mask=mask, mirror=mirror
     )[0]
 
 
@@ -76,7 +77,9 @@ def marginal_log_likelihood(
 ) -> Tensor:
     """log Σ_c p(c | x, z) p(y | x, z, c) [B] in nats, summed over observed points; log_p [B, K, N] or [B, K, 1]."""
     kind = likelihood.as_pmf() if proper else likelihood.op
-    per_component = inr_mixture_log_likelihood(theta, features, values, likelihood.scale, inr, kind, mirror=mirror)
+    per_component = inr_mixture_log_likelihood(
+        theta, features, values, likelihood.scale, inr, kind, mask=mask, mirror=mirror
+    )
     per_point = (per_component + log_p).logsumexp(1)
     return per_point.sum(-1) if mask is None else torch.where(mask, per_point, 0).sum(-1)
 

@@ -220,6 +220,7 @@ class VaMoH(nn.Module):
             features,
             points.values,
             q,
+            points.mask,
             self.inr,
             self.likelihood,
             self.encoding.mirror(points.coords),

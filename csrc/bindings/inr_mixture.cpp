@@ -15,12 +15,13 @@ struct InrMixture {
 };
 
 InrMixture make_mixture(uintptr_t theta, int64_t theta_batch_step, int64_t theta_component_step, uintptr_t features,
-                        int64_t features_step, uintptr_t mirror, std::vector<int64_t> widths, int64_t batch,
-                        int64_t components, int64_t points, bool sine, float slope, float omega) {
+                        int64_t features_step, uintptr_t mirror, uintptr_t mask, std::vector<int64_t> widths,
+                        int64_t batch, int64_t components, int64_t points, bool sine, float slope, float omega) {
   const auto depth = static_cast<int64_t>(widths.size()) - 1;
-  return {std::move(widths),
-          {at<const float>(theta), theta_batch_step, theta_component_step, at<const float>(features), features_step,
-           at<const int64_t>(mirror), nullptr, depth, batch, components, points, sine, slope, omega}};
+  return {
+      std::move(widths),
+      {at<const float>(theta), theta_batch_step, theta_component_step, at<const float>(features), features_step,
+       at<const int64_t>(mirror), at<const bool>(mask), nullptr, depth, batch, components, points, sine, slope, omega}};
 }
 
 const vamoh::InrMixture& with_widths(InrMixture& arguments) {
@@ -59,10 +60,9 @@ void inr_mixture_log_likelihood(InrMixture mixture, const vamoh::PointLikelihood
                                     threads, chosen);
 }
 
-void inr_mixture_expected_log_likelihood(InrMixture mixture, const vamoh::PointLikelihood& likelihood,
-                                         uintptr_t values, uintptr_t weights, uintptr_t value, uintptr_t log_p,
-                                         uintptr_t grad_theta, uintptr_t grad_scale, int threads,
-                                         const std::string& isa) {
+void inr_mixture_expected_log_likelihood(InrMixture mixture, const vamoh::PointLikelihood& likelihood, uintptr_t values,
+                                         uintptr_t weights, uintptr_t value, uintptr_t log_p, uintptr_t grad_theta,
+                                         uintptr_t grad_scale, int threads, const std::string& isa) {
   const vamoh::Isa chosen = vamoh::parse_isa(isa);
   const py::gil_scoped_release unlocked;
   vamoh::inr_mixture_expected_log_likelihood(with_widths(mixture), likelihood, at<const float>(values),
@@ -84,8 +84,8 @@ void bind_inr_mixture(py::module_& m) {
   py::class_<InrMixture>(m, "InrMixture")
       .def(py::init(&make_mixture), py::kw_only(), py::arg("theta"), py::arg("theta_batch_step"),
            py::arg("theta_component_step"), py::arg("features"), py::arg("features_step"), py::arg("mirror"),
-           py::arg("widths"), py::arg("batch"), py::arg("components"), py::arg("points"), py::arg("sine"),
-           py::arg("slope"), py::arg("omega"));
+           py::arg("mask"), py::arg("widths"), py::arg("batch"), py::arg("components"), py::arg("points"),
+           py::arg("sine"), py::arg("slope"), py::arg("omega"));
   py::class_<vamoh::PointLikelihood>(m, "PointLikelihood")
       .def(py::init(&make_likelihood), py::kw_only(), py::arg("kind"), py::arg("half_bin"), py::arg("epsilon"),
            py::arg("open_ends"), py::arg("scale"));
@@ -96,8 +96,8 @@ void bind_inr_mixture(py::module_& m) {
   m.def("inr_mixture_log_likelihood", &inr_mixture_log_likelihood, py::arg("mixture"), py::arg("likelihood"),
         py::kw_only(), py::arg("values"), py::arg("log_p"), py::arg("threads"), py::arg("isa"));
   m.def("inr_mixture_expected_log_likelihood", &inr_mixture_expected_log_likelihood, py::arg("mixture"),
-        py::arg("likelihood"), py::kw_only(), py::arg("values"), py::arg("weights"), py::arg("value"),
-        py::arg("log_p"), py::arg("grad_theta"), py::arg("grad_scale"), py::arg("threads"), py::arg("isa"));
+        py::arg("likelihood"), py::kw_only(), py::arg("values"), py::arg("weights"), py::arg("value"), py::arg("log_p"),
+        py::arg("grad_theta"), py::arg("grad_scale"), py::arg("threads"), py::arg("isa"));
   m.def("inr_mixture_mean", &inr_mixture_mean, py::arg("mixture"), py::arg("likelihood"), py::kw_only(),
         py::arg("log_pi"), py::arg("uniform"), py::arg("mean"), py::arg("mean_map"), py::arg("threads"),
         py::arg("isa"));

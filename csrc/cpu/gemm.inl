@@ -6,13 +6,6 @@
 
 constexpr int64_t kAhead = 1536;  // floats from a load of a large matrix to what is fetched meanwhile
 
-inline Vi lane_numbers() {
-  Vi v;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
-
 // A vector of which only the first n lanes are in memory; the others are 0.
 inline V load_part(const float* p, int64_t n) {
   if (n >= kLanes) return load(p);
@@ -106,37 +99,6 @@ void panel_product(const float* a, int64_t a_row, int64_t a_step, const float* b
 #endif
     default: return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
   }
-}
-
-// Bit D of the row number changes places with bit D of the lane number.
-template <int D>
-inline __attribute__((always_inline)) void exchange(V& low, V& high) {
-  const V a = low, b = high;
-#if defined(__clang__)
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & D ? b[i ^ D] : a[i];
-    high[i] = i & D ? b[i] : a[i ^ D];
-  }
-#else
-  const Vi i = lane_numbers();
-  low = __builtin_shuffle(a, b, (i & D) != 0 ? (i ^ D) + kLanes : i);
-  high = __builtin_shuffle(a, b, (i & D) != 0 ? i + kLanes : (i ^ D));
-#endif
-}
-
-template <int D>
-inline __attribute__((always_inline)) void transpose_step(V* m) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & D)) exchange<D>(m[i], m[i + D]);
-}
-
-// The rows of m[kLanes] become its columns.
-inline __attribute__((always_inline)) void transpose(V* m) {
-  transpose_step<1>(m);
-  transpose_step<2>(m);
-  if constexpr (kLanes > 4) transpose_step<4>(m);
-  if constexpr (kLanes > 8) transpose_step<8>(m);
 }
 
 // to[c][r] = from[r][c], where row r >= rows of `from` counts as 0: `width` values per row of `to`, width >= rows a

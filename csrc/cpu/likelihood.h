@@ -15,7 +15,7 @@ struct Channel {
   float inside;     // 1 - e^-w with w = 2 half_bin / scale, the width of a bin
   float inside_by;  // scale times the derivative of its logarithm to the scale
   float width, q;   // half_bin / scale, e^-width
-  bool usual;       // closed ends, epsilon > 0, q > 0
+  bool usual;       // closed ends, and q and epsilon so far from 0 that no product in score_usual underflows
 };
 
 inline Channel channel_of(const PointLikelihood& likelihood, int64_t index) {
@@ -28,7 +28,7 @@ inline Channel channel_of(const PointLikelihood& likelihood, int64_t index) {
   channel.inside_by = static_cast<float>(-width / std::expm1(width));
   channel.width = static_cast<float>(width / 2);
   channel.q = static_cast<float>(std::exp(-width / 2));
-  channel.usual = !likelihood.open_ends && likelihood.epsilon > 0 && channel.q > 1e-30f;
+  channel.usual = !likelihood.open_ends && channel.q * channel.q * channel.epsilon > 1e-30f;
   return channel;
 }
 

@@ -54,25 +54,6 @@ struct Logistic {
   }
 };
 
-// The usual case (Channel::usual) with half the work: as function of t = |y - mean| / scale and q = e^-(half_bin / scale),
-// and with u = e^-t, p = u (1 - q^2) / ((1 + u q) (u + q)).
-struct UsualLogistic {
-  Channel c;
-  inline __attribute__((always_inline)) Score operator()(V logit, V y) const {
-    const V e = exp(-abs(logit)), r = 1.0f / (1.0f + e);
-    const V distance = logit > 0.0f ? (y - 1.0f) + e * r : y - e * r;
-    const V inverse = splat(1.0f / c.scale);
-    const V t = abs(distance) * inverse, u = exp(-t), uq = u * c.q, over = 1.0f + uq, under = u + c.q;
-    const V both = 1.0f / (over * under), above = uq * under * both, below = c.q * over * both;
-    const V p = u * both * c.inside, padded = p + c.epsilon, scaled = p / padded * inverse, slope = (below - above) * scaled;
-    Score s;
-    s.log_p = log(padded);
-    s.by_logit = (distance < 0.0f ? -slope : slope) * (e * r * r);
-    s.by_scale = (t * (below - above) - c.width * (below + above) + c.inside_by) * scaled;
-    return s;
-  }
-};
-
 inline V mean_continuous_bernoulli(V logit) {
   const V size = abs(logit), square = logit * logit;
   V series = fma(square, splat(1.0f / 47900160), splat(-1.0f / 1209600));

@@ -33,25 +33,34 @@ inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_ro
   sums = s;
 }
 
+template <int R, int J, class Init, class Done>
+inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                                         int64_t b_step, int64_t count, int64_t row, int64_t lane,
+                                                         const Init& init, const Done& done) {
+  Accumulators<R, J> sums;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) sums.at[r][j] = init(row + r, lane + j * kLanes);
+  multiply<R, J>(a, a_row, a_step, b + lane, b_step, count, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) done(row + r, lane + j * kLanes, sums.at[r][j]);
+}
+
 template <int R, class Init, class Done>
 inline __attribute__((always_inline)) void product_rows(const float* a, int64_t a_row, int64_t a_step, const float* b,
                                                         int64_t b_step, int64_t count, int64_t width, int64_t row,
                                                         const Init& init, const Done& done) {
-  for (int64_t lane = 0; lane < width; lane += kBlock) {
-    Accumulators<R> sums;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) sums.at[r][j] = init(row + r, lane + j * kLanes);
-    multiply<R>(a, a_row, a_step, b + lane, b_step, count, sums);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) done(row + r, lane + j * kLanes, sums.at[r][j]);
-  }
+  int64_t lane = 0;
+  for (; lane + kBlock <= width; lane += kBlock)
+    product_block<R, kColumns>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
+  for (; lane < width; lane += kLanes)
+    product_block<R, 1>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
 }
 
-// For every row r < rows and lane < width (a multiple of kBlock):
+// For every row r < rows and lane < width (a multiple of kLanes, best of kBlock):
 //   done(r, lane, init(r, lane) + sum_k a[r * a_row + k * a_step] * b[k * b_step + lane])
 // with vectors of lanes. One function for y = W x (a_row = in, a_step = 1), x = W^T y (a_row = 1, a_step = in) and
 // gradients of W where b is a matrix of points in rows.
@@ -95,18 +104,6 @@ struct ToMatrix {
   void operator()(int64_t row, int64_t lane, V v) const { store(matrix + row * step + lane, v); }
 };
 
-typedef float V4 __attribute__((vector_size(16), may_alias, aligned(4)));
-typedef int Vi4 __attribute__((vector_size(16), may_alias, aligned(4)));
-
-inline V4 fold(V v) {
-  V4 parts[kLanes / 4];
-  __builtin_memcpy(parts, &v, sizeof v);
-  V4 total = parts[0];
-#pragma GCC unroll 4
-  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
-  return total;
-}
-
 #if defined(__clang__)
 #define VAMOH_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -126,14 +123,19 @@ inline V4 sums(V a, V b, V c, V d) {
 // Rows of a block of `dots`; its columns are 4.
 constexpr int kDotRows = VAMOH_VECTOR_BITS == 512 ? 6 : 2;
 
+struct FullPanels {  // how many floats across a panel count, a multiple of kLanes
+  int64_t operator()(int64_t) const { return kPanel; }
+};
+
 // out[r * out_row + c] += sum over panels and points of a[panel][r][point] * b[panel][c][point], C <= 4 columns
-template <int R, int C>
+template <int R, int C, class Lanes>
 inline __attribute__((always_inline)) void dots_block(const float* a, int64_t a_panel, const float* b, int64_t b_panel,
-                                                      int64_t panels, float* out, int64_t out_row) {
+                                                      int64_t panels, float* out, int64_t out_row, const Lanes& lanes) {
   V s[R][4] = {};
-  for (int64_t panel = 0; panel < panels; ++panel, a += a_panel, b += b_panel)
+  for (int64_t panel = 0; panel < panels; ++panel, a += a_panel, b += b_panel) {
+    const int64_t end = lanes(panel);
 #pragma GCC unroll 1
-    for (int lane = 0; lane < kPanel; lane += kLanes) {
+    for (int64_t lane = 0; lane < end; lane += kLanes) {
       V right[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) right[c] = load(b + c * kPanel + lane);
@@ -144,6 +146,7 @@ inline __attribute__((always_inline)) void dots_block(const float* a, int64_t a_
         for (int c = 0; c < C; ++c) s[r][c] = fma(left, right[c], s[r][c]);
       }
     }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const V4 total = sums(s[r][0], s[r][1], s[r][2], s[r][3]);
@@ -152,38 +155,40 @@ inline __attribute__((always_inline)) void dots_block(const float* a, int64_t a_
   }
 }
 
-template <int R>
+template <int R, class Lanes>
 inline void dots_rows(const float* a, int64_t a_panel, const float* b, int64_t b_panel, int64_t panels, int64_t columns,
-                      float* out, int64_t out_row) {
+                      float* out, int64_t out_row, const Lanes& lanes) {
   int64_t c = 0;
   for (; c + 4 <= columns; c += 4)
-    dots_block<R, 4>(a, a_panel, b + c * kPanel, b_panel, panels, out + c, out_row);
-  for (; c < columns; ++c) dots_block<R, 1>(a, a_panel, b + c * kPanel, b_panel, panels, out + c, out_row);
+    dots_block<R, 4>(a, a_panel, b + c * kPanel, b_panel, panels, out + c, out_row, lanes);
+  for (; c < columns; ++c) dots_block<R, 1>(a, a_panel, b + c * kPanel, b_panel, panels, out + c, out_row, lanes);
 }
 
 // Gradient of a weight matrix: out[r * out_row + c] += sum over panels and points of a[panel][r][point] *
 // b[panel][c][point]. Panels are a_panel and b_panel floats apart.
+template <class Lanes = FullPanels>
 inline void dots(const float* a, int64_t a_panel, const float* b, int64_t b_panel, int64_t panels, int64_t rows,
-                 int64_t columns, float* out, int64_t out_row) {
+                 int64_t columns, float* out, int64_t out_row, const Lanes& lanes = {}) {
   int64_t r = 0;
   for (; r + kDotRows <= rows; r += kDotRows)
-    dots_rows<kDotRows>(a + r * kPanel, a_panel, b, b_panel, panels, columns, out + r * out_row, out_row);
+    dots_rows<kDotRows>(a + r * kPanel, a_panel, b, b_panel, panels, columns, out + r * out_row, out_row, lanes);
   a += r * kPanel;
   out += r * out_row;
   switch (rows - r) {
-    case 1: return dots_rows<1>(a, a_panel, b, b_panel, panels, columns, out, out_row);
-    case 2: return dots_rows<2>(a, a_panel, b, b_panel, panels, columns, out, out_row);
-    case 3: return dots_rows<3>(a, a_panel, b, b_panel, panels, columns, out, out_row);
-    case 4: return dots_rows<4>(a, a_panel, b, b_panel, panels, columns, out, out_row);
-    case 5: return dots_rows<5>(a, a_panel, b, b_panel, panels, columns, out, out_row);
+    case 1: return dots_rows<1>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 2: return dots_rows<2>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 3: return dots_rows<3>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 4: return dots_rows<4>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 5: return dots_rows<5>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
     default: return;
   }
 }
 
 // sum over panels and points of one row: gradient of a bias.
-inline float row_sum(const float* row, int64_t panel_step, int64_t panels) {
+template <class Lanes = FullPanels>
+inline float row_sum(const float* row, int64_t panel_step, int64_t panels, const Lanes& lanes = {}) {
   V total = V{};
   for (int64_t panel = 0; panel < panels; ++panel, row += panel_step)
-    for (int lane = 0; lane < kPanel; lane += kLanes) total += load(row + lane);
+    for (int64_t lane = 0, end = lanes(panel); lane < end; lane += kLanes) total += load(row + lane);
   return sum(total);
 }

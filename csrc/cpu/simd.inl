@@ -26,14 +26,80 @@ inline V fma(V a, V b, V c) {
 #endif
 }
 
-inline V min(V a, V b) { return a < b ? a : b; }
-inline V max(V a, V b) { return a > b ? a : b; }
+// b where either is NaN.
+inline V min(V a, V b) {
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_mask_min_ps(a, 0xffff, a, b);
+#elif VAMOH_VECTOR_BITS == 256
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline V max(V a, V b) {
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_mask_max_ps(a, 0xffff, a, b);
+#elif VAMOH_VECTOR_BITS == 256
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline V abs(V v) { return from_bits(bits(v) & 0x7fffffff); }
 
-inline float sum(V v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
+typedef float V4 __attribute__((vector_size(16), may_alias, aligned(4)));
+typedef int Vi4 __attribute__((vector_size(16), may_alias, aligned(4)));
+
+inline V4 fold(V v) {
+  V4 parts[kLanes / 4];
+  __builtin_memcpy(parts, &v, sizeof v);
+  V4 total = parts[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
   return total;
+}
+
+inline float sum(V v) {
+  const V4 parts = fold(v);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+inline Vi lane_numbers() {
+  Vi v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// Bit D of the row number changes places with bit D of the lane number.
+template <int D>
+inline __attribute__((always_inline)) void exchange(V& low, V& high) {
+  const V a = low, b = high;
+#if defined(__clang__)
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & D ? b[i ^ D] : a[i];
+    high[i] = i & D ? b[i] : a[i ^ D];
+  }
+#else
+  const Vi i = lane_numbers();
+  low = __builtin_shuffle(a, b, (i & D) != 0 ? (i ^ D) + kLanes : i);
+  high = __builtin_shuffle(a, b, (i & D) != 0 ? i + kLanes : (i ^ D));
+#endif
+}
+
+template <int D>
+inline __attribute__((always_inline)) void transpose_step(V* m) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & D)) exchange<D>(m[i], m[i + D]);
+}
+
+// The rows of m[kLanes] become its columns.
+inline __attribute__((always_inline)) void transpose(V* m) {
+  transpose_step<1>(m);
+  transpose_step<2>(m);
+  if constexpr (kLanes > 4) transpose_step<4>(m);
+  if constexpr (kLanes > 8) transpose_step<8>(m);
 }
 
 // Nearest integer to |x| < 2^22, as a float and, in `integer`, as an int.
@@ -45,8 +111,7 @@ inline V round(V x, Vi& integer) {
 }
 
 inline V exp(V x) {
-  x = x < -104.0f ? splat(-104.0f) : x;
-  x = x > 89.0f ? splat(89.0f) : x;
+  x = min(splat(89.0f), max(splat(-104.0f), x));
   Vi n;
   const V scale = round(x * 1.44269504f, n);
   V r = fma(scale, splat(-0.693359375f), x);
@@ -58,8 +123,12 @@ inline V exp(V x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_mask_scalef_ps(p, 0xffff, p, scale);
+#else
   const Vi half = n >> 1;  // 2^n in two steps, as n may be beyond a float's exponents
   return p * from_bits((half + 127) << 23) * from_bits((n - half + 127) << 23);
+#endif
 }
 
 // log(x / 2^shift) for a positive, finite and normal x.

@@ -304,10 +304,12 @@ def native_case(b: int, k: int, n: int, widths: tuple[int, ...], features: str) 
     return arguments, mirror
 
 
-def expected_with_gradients(arguments: list, inr: Inr, kind: Likelihood, mirror: Tensor | None, backend: str) -> list:
+def expected_with_gradients(
+    arguments: list, inr: Inr, kind: Likelihood, mirror: Tensor | None, backend: str, mask: Tensor | None = None
+) -> list:
     return list(
         torch.ops.vamoh.inr_mixture_expected_log_likelihood(
-            *arguments, mirror, list(inr.widths), *inr[1:], *kind, backend
+            *arguments, mask, mirror, list(inr.widths), *inr[1:], *kind, backend
         )
     )
 
@@ -365,9 +367,12 @@ def test_native_matches_float64(monkeypatch, isas, size, features):
 
 @needs_native
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
-def test_native_gives_the_same_bits_for_any_number_of_threads(features):
-    widths = (128, 32, 32, 3)
-    arguments, mirror = native_case(2, 3, 3000, widths, features)
+@pytest.mark.parametrize(
+    ("b", "k", "n", "widths"), [(2, 3, 3000, (128, 32, 32, 3)), (9, 3, 500, (8, 4, 5, 2))], ids=str
+)
+def test_native_gives_the_same_bits_for_any_number_of_threads(b, k, n, widths, features):
+    arguments, mirror = native_case(b, k, n, widths, features)
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.5
     inr, kind, before = Inr(widths), LIKELIHOODS[0], torch.get_num_threads()
     log_pi = arguments[3].clamp(min=1e-3).log()
     results = []
@@ -376,12 +381,93 @@ def test_native_gives_the_same_bits_for_any_number_of_threads(features):
         results.append(
             [
                 *expected_with_gradients(arguments, inr, kind, mirror, "cpu"),
+                *expected_with_gradients(arguments, inr, kind, mirror, "cpu", mask),
                 inr_mixture(*arguments[:2], inr, mirror=mirror, backend="cpu"),
                 *inr_mixture_mean(*arguments[:2], log_pi, inr, kind, mirror=mirror, backend="cpu"),
             ]
         )
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def poisoned(arguments: list, mask: Tensor) -> list:
+    """The same with NaN wherever the mask allows it."""
+    theta, features, values, weights, scale = arguments
+    used = mask.any(0) if features.dim() == 2 else mask
+    junk = float("nan")
+    return [
+        theta,
+        torch.where(used[..., None], features, junk),
+        torch.where(mask[..., None], values, junk),
+        torch.where(mask[:, None], weights, junk),
+        scale,
+    ]
+
+
+def masks(b: int, n: int) -> Tensor:
+    """The first function has every point, the last none, one point that nobody has."""
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(n)) < 0.6
+    mask[0], mask[-1] = True, False
+    mask[:, n // 2] = False
+    return mask
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
+@pytest.mark.parametrize(
+    "size", [(3, 2, 9, (4, 3, 2)), (4, 3, 300, (128, 4, 5, 3)), (3, 1, 131, (6, 33, 1)), (4, 2, 70, (6, 2))], ids=str
+)
+def test_masks_equal_every_function_alone(monkeypatch, isas, size, features, backend):
+    if backend == "cpu" and native_unavailable() is not None:
+        pytest.skip(str(native_unavailable()))
+    b, k, n, widths = size
+    arguments, mirror = native_case(*size, features)
+    mask, inr = masks(b, n), Inr(widths)
+    for i, kind in enumerate(LIKELIHOODS):
+        monkeypatch.setenv("VAMOH_ISA", isas[i % len(isas)])
+        given = poisoned(arguments if backend == "cpu" else [t.double() for t in arguments], mask)
+        result = expected_with_gradients(given, inr, kind, mirror, backend, mask)
+        theta, x, values, weights, scale = (t.double() for t in arguments)
+        expected = [torch.zeros_like(t).double() for t in result]
+        for j in range(b):
+            own, here = mask[j].nonzero()[:, 0], slice(j, j + 1)
+            alone = [
+                theta[here],
+                x[own] if x.dim() == 2 else x[here, own],
+                values[here, own],
+                weights[here, :, own],
+                scale,
+            ]
+            one = expected_with_gradients(alone, inr, kind, None, "reference")
+            for whole, part in zip((expected[0], *expected[2:]), (one[0], *one[2:]), strict=True):
+                whole[here] = part
+            expected[1][j, :, own] = one[1][0]
+        assert max(map(distance, result, expected)) <= (1e-5 if backend == "cpu" else 1e-12)
+        log_p = inr_mixture_log_likelihood(
+            *given[:3], scale.to(given[0].dtype), inr, kind, mask=mask, mirror=mirror, backend=backend
+        )
+        assert distance(log_p, expected[1]) <= (1e-5 if backend == "cpu" else 1e-12)
+
+
+def test_gradients_with_a_mask():
+    """Weights at unobserved points have no gradient; the slow path gives the same numbers."""
+    arguments, inr, kind = inputs(3, 2, 8, (4, 5, 2)), Inr((4, 5, 2)), LIKELIHOODS[0]
+    mask, incoming = masks(3, 8), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    theta, features, values, weights, scale = poisoned(arguments, mask)
+    leaves = [t.requires_grad_() for t in (theta, weights, scale)]
+    value, log_p = inr_mixture_expected_log_likelihood(theta, features, values, weights, scale, inr, kind, mask=mask)
+    grads = torch.autograd.grad(value, leaves, incoming)
+    slow, slow_log_p = inr_mixture_expected_log_likelihood(
+        theta, features.requires_grad_(), values, weights, scale, inr, kind, mask=mask
+    )
+    assert not log_p[~mask[:, None].expand(-1, 2, -1)].any()
+    for a, b in zip(
+        [value, log_p, *grads], [slow, slow_log_p, *torch.autograd.grad(slow, leaves, incoming)], strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    shared = inr_mixture_log_likelihood(*arguments[:3], arguments[4], inr, kind, mask=mask[1])
+    each = inr_mixture_log_likelihood(*arguments[:3], arguments[4], inr, kind, mask=mask[1].expand(3, -1))
+    assert torch.equal(shared, each)
 
 
 @needs_native
@@ -394,9 +480,19 @@ def test_native_at_any_size(data):
     arguments, mirror = native_case(b, k, n, widths, features)
     inr = Inr(widths, data.draw(st.sampled_from(ACTIVATIONS)), omega=2.0)
     kind = data.draw(st.sampled_from(LIKELIHOODS))
-    result = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
-    expected = expected_with_gradients([t.double() for t in arguments], inr, kind, None, "reference")
+    exact = [t.double() for t in arguments]
+    *result, by_scale = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
+    *expected, exact_by_scale = expected_with_gradients(exact, inr, kind, None, "reference")
     assert max(map(distance, result, expected)) <= 1e-5
+    assert (by_scale - exact_by_scale).norm() <= 1e-6 * scale_terms(exact, inr, kind).norm()
+
+
+def scale_terms(arguments: list, inr: Inr, kind: Likelihood) -> Tensor:
+    """Sum [B, K, C] of the magnitudes whose signed sum is the gradient of the scale, which may nearly cancel."""
+    theta, features, values, weights, scale = arguments
+    logits = inr_mixture_reference(theta, features, inr)
+    terms = log_likelihood_with_derivatives(kind, logits, values[:, None], scale[:, None])[2]
+    return torch.zeros(()) if terms is None else (weights[..., None] * terms).abs().sum(2)
 
 
 @needs_native
@@ -486,19 +582,21 @@ def test_gradients_that_only_the_reference_has(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
-def test_contract_of_torch_library(features, dtype):
+@pytest.mark.parametrize("masked", [True, False])
+def test_contract_of_torch_library(masked, features, dtype):
     torch.use_deterministic_algorithms(False)
+    mask = masks(2, 5) if masked else None
     arguments, mirror = native_case(2, 3, 5, (4, 4, 2), features)
     theta, x, values, weights, scale = (t.to(dtype) for t in arguments)
     for t in (theta, weights, scale):
         t.requires_grad_()
     network, kind, ops = (mirror, [4, 4, 2], "leaky_relu", 0.1, 30.0), LIKELIHOODS[0], torch.ops.vamoh
     torch.library.opcheck(
-        ops.inr_mixture_expected_log_likelihood, (theta, x, values, weights, scale, *network, *kind, None)
+        ops.inr_mixture_expected_log_likelihood, (theta, x, values, weights, scale, mask, *network, *kind, None)
     )
     torch.library.opcheck(ops.inr_mixture, (theta, x, *network, None))
     plain = [t.detach() for t in (theta, x, values, scale, weights)]
-    torch.library.opcheck(ops.inr_mixture_log_likelihood, (*plain[:4], *network, *kind, None))
+    torch.library.opcheck(ops.inr_mixture_log_likelihood, (*plain[:4], mask, *network, *kind, None))
     torch.library.opcheck(ops.inr_mixture_mean, (*plain[:2], plain[4], *network, "bernoulli", None))
     grad = torch.ones(2, 3, 5, 2, dtype=dtype)
     torch.library.opcheck(ops.inr_mixture_backward, (grad, *plain[:2], *network, None))
@@ -517,6 +615,10 @@ def test_contract_of_torch_library(features, dtype):
         ({"features": torch.zeros(5, 3, device="meta")}, TypeError, "features must be on cpu, got meta"),
         ({"values": torch.zeros(2, 4, 1)}, ValueError, r"values must have shape \[2, 5, 1\], got \[2, 4, 1\]"),
         ({"weights": torch.zeros(2, 5, 3)}, ValueError, r"weights must have shape \[2, 3, 5\], got \[2, 5, 3\]"),
+        ({"mask": torch.ones(5)}, TypeError, "mask must have dtype bool, got float32"),
+        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError, r"mask must have shape \[2, 5\], got \[3, 5\]"),
+        ({"mask": torch.ones(1, 2, 5)}, ValueError, r"mask must have shape \[5\] or \[2, 5\], got \[1, 2, 5\]"),
+        ({"mask": torch.ones(5, dtype=torch.bool, device="meta")}, TypeError, "mask must be on cpu, got meta"),
         ({"scale": torch.zeros(1)}, ValueError, r"scale must have shape \[3, 1\], got \[1\]"),
         ({"inr": Inr((3, 4, 1), "tanh")}, ValueError, "activation must be one of leaky_relu, relu, sine, got 'tanh'"),
         ({"likelihood": Likelihood("gauss")}, ValueError, "likelihood must be one of logistic, .*, got 'gauss'"),

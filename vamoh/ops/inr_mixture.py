@@ -26,6 +26,7 @@ from vamoh.ops._backend import (
     require_reference,
     resolve,
 )
+from vamoh.ops._points import check_mask
 from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likelihood_with_derivatives, mean
 
 ACTIVATIONS = ("leaky_relu", "relu", "sine")
@@ -73,22 +74,24 @@ def inr_mixture_log_likelihood(
     inr: Inr,
     likelihood: Likelihood,
     *,
+    mask: Tensor | None = None,
     mirror: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-likelihood [B, K, N] in nats of `values` [B, N, C] under every component, summed over channels.
 
-    scale [K, C] > 0 is the logistic's (ignored by the others); mirror as in `inr_mixture`. With gradients it takes the
-    plain-torch path, which stores every activation: the documented slow path for gradients to coordinates and
-    frequencies.
+    scale [K, C] > 0 is the logistic's (ignored by the others). mask [N] or [B, N] bool, default all: the observed
+    points; at others the result is 0, and features and values there, NaN or not, play no part. mirror as in
+    `inr_mixture`. With gradients it takes the plain-torch path, which stores every activation: the documented slow path
+    for gradients to coordinates and frequencies.
     """
-    _check(inr, theta, features, values, scale, likelihood, mirror)
+    _check(inr, theta, features, values, scale, likelihood, mirror, mask)
+    mask = None if mask is None else mask.expand(len(theta), -1)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, features, values, scale)):
         require_reference("inr_mixture_log_likelihood", "gradients", backend)
-        logits = inr_mixture_reference(theta, features, inr)
-        return log_likelihood(likelihood, logits, values[:, None], scale[:, None]).sum(-1)
+        return inr_mixture_log_likelihood_reference(theta, features, values, scale, mask, inr, likelihood)
     result: Tensor = torch.ops.vamoh.inr_mixture_log_likelihood(
-        theta, features, values, scale, mirror, list(inr.widths), *inr[1:], *likelihood, backend
+        theta, features, values, scale, mask, mirror, list(inr.widths), *inr[1:], *likelihood, backend
     )
     return result
 
@@ -102,25 +105,28 @@ def inr_mixture_expected_log_likelihood(
     inr: Inr,
     likelihood: Likelihood,
     *,
+    mask: Tensor | None = None,
     mirror: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Expected log-likelihood under the weights q(c), in one pass that keeps no activation.
 
     Returns value [B] = Σ_n Σ_k weights[b,k,n] · log_likelihood[b,k,n] and log_likelihood [B, K, N], in nats.
-    weights [B, K, N] are zero at unobserved points. The value is linear in the log-likelihoods, so the gradients of
-    θ and the scales are known in the same pass. `value` is differentiable in theta, weights and scale;
-    `log_likelihood` is not. Features or values that need a gradient take the slow path of
-    `inr_mixture_log_likelihood`; mirror as in `inr_mixture`.
+    weights [B, K, N]; mask as in `inr_mixture_log_likelihood`: weights at unobserved points play no part either. The
+    value is linear in the log-likelihoods, so the gradients of θ and the scales are known in the same pass. `value` is
+    differentiable in theta, weights and scale; `log_likelihood` is not. Features or values that need a gradient take
+    the slow path of `inr_mixture_log_likelihood`; mirror as in `inr_mixture`.
     """
-    _check(inr, theta, features, values, scale, likelihood, mirror)
+    _check(inr, theta, features, values, scale, likelihood, mirror, mask)
+    mask = None if mask is None else mask.expand(len(theta), -1)
     batch, components = theta.shape[:2]
     check_tensor("inr_mixture", "weights", weights, [batch, components, values.shape[1]], like=theta)
     if features.requires_grad or values.requires_grad:
-        log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood, backend=backend)
+        log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood, mask=mask, backend=backend)
+        weights = weights if mask is None else torch.where(mask[:, None], weights, 0)
         return (weights * log_p).sum((1, 2)), log_p.detach()
     value, log_p, _, _ = torch.ops.vamoh.inr_mixture_expected_log_likelihood(
-        theta, features, values, weights, scale, mirror, list(inr.widths), *inr[1:], *likelihood, backend
+        theta, features, values, weights, scale, mask, mirror, list(inr.widths), *inr[1:], *likelihood, backend
     )
     return value, log_p.detach()
 
@@ -159,6 +165,7 @@ def _check(
     scale: Tensor | None = None,
     likelihood: Likelihood | None = None,
     mirror: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> None:
     where = "inr_mixture"
     check_choice(where, "activation", inr.activation, ACTIVATIONS)
@@ -175,6 +182,8 @@ def _check(
         check_tensor(where, "scale", scale, [components, inr.widths[-1]], like=theta)
     if likelihood is not None:
         check_choice(where, "likelihood", likelihood.kind, KINDS)
+    if mask is not None:
+        check_mask(where, mask, features, batch)
     if mirror is not None:
         check_tensor(where, "mirror", mirror, [features.shape[-2]], dtypes=[torch.int64])
         if features.dim() != 2 or inr.widths[0] % 2:
@@ -194,7 +203,8 @@ torch.library.define(
 )
 torch.library.define(
     "vamoh::inr_mixture_log_likelihood",
-    f"(Tensor theta, Tensor features, Tensor values, Tensor scale, {_NETWORK}, {_LIKELIHOOD}, str? backend) -> Tensor",
+    f"(Tensor theta, Tensor features, Tensor values, Tensor scale, Tensor? mask, {_NETWORK}, {_LIKELIHOOD}, "
+    "str? backend) -> Tensor",
 )
 torch.library.define(
     "vamoh::inr_mixture_mean",
@@ -202,8 +212,8 @@ torch.library.define(
 )
 torch.library.define(
     "vamoh::inr_mixture_expected_log_likelihood",
-    f"(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, {_NETWORK}, {_LIKELIHOOD}, "
-    "str? backend) -> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
+    f"(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, Tensor? mask, {_NETWORK}, "
+    f"{_LIKELIHOOD}, str? backend) -> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
 )
 
 
@@ -274,7 +284,7 @@ def _backward(
     log_p, grad_theta, grad_scale = ctx.saved_tensors  # type: ignore[attr-defined]
     per_datum = grad_value[:, None, None]
     by_scale = (per_datum * grad_scale).sum(0)
-    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 10)
+    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 11)
 
 
 torch.library.register_autograd("vamoh::inr_mixture_expected_log_likelihood", _backward, setup_context=_setup_context)
@@ -361,6 +371,7 @@ def _run_log_likelihood(
     features: Tensor,
     values: Tensor,
     scale: Tensor,
+    mask: Tensor | None,
     mirror: Tensor | None,
     widths: Sequence[int],
     activation: str,
@@ -375,9 +386,8 @@ def _run_log_likelihood(
     inr = Inr(tuple(widths), activation, slope, omega)
     kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
     if resolve("inr_mixture_log_likelihood", theta.device, theta.dtype, backend) == "reference":
-        logits = inr_mixture_reference(theta, features, inr)
-        return log_likelihood(kind, logits, values[:, None], scale[:, None]).sum(-1)
-    call = _NativeCall(theta, features, mirror, inr)
+        return inr_mixture_log_likelihood_reference(theta, features, values, scale, mask, inr, kind)
+    call = _NativeCall(theta, features, mirror, inr, mask)
     values, scale = values.contiguous(), scale.contiguous()
     log_p = theta.new_empty(*theta.shape[:2], values.shape[1])
     native().inr_mixture_log_likelihood(
@@ -429,6 +439,7 @@ def _run_expected(
     values: Tensor,
     weights: Tensor,
     scale: Tensor,
+    mask: Tensor | None,
     mirror: Tensor | None,
     widths: Sequence[int],
     activation: str,
@@ -443,8 +454,8 @@ def _run_expected(
     inr = Inr(tuple(widths), activation, slope, omega)
     kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
     if resolve("inr_mixture_expected_log_likelihood", theta.device, theta.dtype, backend) == "reference":
-        return inr_mixture_expected_log_likelihood_reference(theta, features, values, weights, scale, inr, kind)
-    call = _NativeCall(theta, features, mirror, inr)
+        return inr_mixture_expected_log_likelihood_reference(theta, features, values, weights, scale, mask, inr, kind)
+    call = _NativeCall(theta, features, mirror, inr, mask)
     values, weights, scale = values.contiguous(), weights.contiguous(), scale.contiguous()
     value = theta.new_empty(theta.shape[0])
     log_p = torch.empty_like(weights)
@@ -467,11 +478,14 @@ def _run_expected(
 class _NativeCall:
     """Arguments every native function of this file takes; holds the tensors whose addresses they are."""
 
-    def __init__(self, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> None:
+    def __init__(
+        self, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr, mask: Tensor | None = None
+    ) -> None:
         dense = theta.is_contiguous() or theta.transpose(0, 1).is_contiguous()
         self.theta = theta if dense else theta.contiguous()
         self.features, step = (features.contiguous(), 0) if features.dim() == 2 else items(features)
         count = features.shape[-2]
+        self.mask = None if mask is None else mask.contiguous()
         if mirror is not None:
             self.mirror = mirror.contiguous()
             partner = mirror.clamp(min=0)
@@ -485,6 +499,7 @@ class _NativeCall:
             features=self.features.data_ptr(),
             features_step=step,
             mirror=0 if mirror is None else self.mirror.data_ptr(),
+            mask=0 if self.mask is None else self.mask.data_ptr(),
             widths=list(inr.widths),
             batch=theta.shape[0],
             components=theta.shape[1],
@@ -524,10 +539,29 @@ def inr_mixture_mean_reference(
     return mixed, mean_map
 
 
+def inr_mixture_log_likelihood_reference(
+    theta: Tensor, features: Tensor, values: Tensor, scale: Tensor, mask: Tensor | None, inr: Inr, kind: Likelihood
+) -> Tensor:
+    """Plain torch: log-likelihoods [B, K, N], 0 outside the mask [B, N]."""
+    features, values = _observed(features, values, mask)
+    logits = inr_mixture_reference(theta, features, inr)
+    log_p = log_likelihood(kind, logits, values[:, None], scale[:, None]).sum(-1)
+    return log_p if mask is None else torch.where(mask[:, None], log_p, 0)
+
+
 def inr_mixture_expected_log_likelihood_reference(
-    theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, inr: Inr, kind: Likelihood
+    theta: Tensor,
+    features: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    inr: Inr,
+    kind: Likelihood,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain torch, a few functions at a time: value, log-likelihoods, gradients to θ [B, K, P] and scale [B, K, C]."""
+    features, values = _observed(features, values, mask)
+    weights = weights if mask is None else torch.where(mask[:, None], weights, 0)
     widths = inr.widths
     batch, components, _ = theta.shape
     count, channels = values.shape[1:]
@@ -545,7 +579,16 @@ def inr_mixture_expected_log_likelihood_reference(
         if by_scale is not None:
             grad_scale[part] = (q * by_scale).sum(-1)
         _backward_layers(layers, inputs, before, q * by_logit, unpack(grad_theta[part], widths), inr)
+    log_p = log_p if mask is None else torch.where(mask[:, None], log_p, 0)
     return (weights * log_p).sum((1, 2)), log_p, grad_theta, grad_scale
+
+
+def _observed(features: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Features and values with 0 at points that are not observed."""
+    if mask is None:
+        return features, values
+    used = mask.any(0) if features.dim() == 2 else mask
+    return torch.where(used[..., None], features, 0), torch.where(mask[..., None], values, 0)
 
 
 def _activate(x: Tensor, inr: Inr) -> Tensor:
