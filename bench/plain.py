@@ -17,6 +17,7 @@ from vamoh import VaMoH
 from vamoh.encoder import PointConvLayer
 from vamoh.gating import Gating
 from vamoh.latent import Posterior
+from vamoh.ops.fourier_features import fourier_features_reference
 from vamoh.ops.inr_mixture import inr_mixture_reference
 from vamoh.ops.likelihood import log_likelihood, mean
 from vamoh.ops.planar_flow import PlanarFlow, normal_log_prob, planar_flow_inverse_reference
@@ -27,7 +28,7 @@ Hoods = Sequence[tuple[Tensor, Tensor]]
 
 def loss(model: VaMoH, coords: Tensor, values: Tensor, hoods: Hoods, noise_z: Tensor, noise_kl: Tensor) -> Tensor:
     """Minus the bound with `kl="cross_entropy"`, batch mean: coords [N, D], values [B, N, C], all of them observed."""
-    features = model.encoding(coords)
+    features = fourier_features_reference(coords, model.encoding.frequencies)
     posterior = _encode(model, features, values, hoods)
     z = posterior.sample(noise_z)
     log_q, log_p = _gate(model.gating_posterior, features, z, values), _gate(model.gating_prior, features, z)
@@ -46,7 +47,8 @@ def loss(model: VaMoH, coords: Tensor, values: Tensor, hoods: Hoods, noise_z: Te
 @torch.no_grad()
 def reconstruct(model: VaMoH, coords: Tensor, values: Tensor, out: Tensor, at: Tensor, hoods: Hoods) -> Tensor:
     """Mean [B, M, C] at the coordinates `out`; every given point is observed, `at` [N] is its position in `out`."""
-    features, wanted = model.encoding(coords), model.encoding(out)
+    frequencies = model.encoding.frequencies
+    features, wanted = (fourier_features_reference(x, frequencies) for x in (coords, out))
     z = _encode(model, features, values, hoods).mean
     log_pi = _gate(model.gating_prior, wanted, z).index_copy(2, at, _gate(model.gating_posterior, features, z, values))
     means = mean(model.likelihood.op, inr_mixture_reference(_theta(model, z), wanted, model.inr))

@@ -1,9 +1,8 @@
-#include "../inr_mixture.h"
-
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "../inr_mixture.h"
 #include "../threads.h"
 #include "likelihood.h"
 #include "memory.h"
