@@ -128,6 +128,12 @@ def neighbor_difference(conv: Conv, weights: int) -> Count:
     return Count(0, FLOAT * moved + INDEX * (pairs + conv.centroids))
 
 
+def fourier_features(points: int, dims: int, frequencies: int) -> Count:
+    """The phases; sines and cosines do not count as operations."""
+    moved = points * (dims + 2 * frequencies) + frequencies * dims
+    return Count(2 * points * dims * frequencies, FLOAT * moved)
+
+
 def farthest_point_sample(batch: int, points: int, dims: int, samples: int) -> Count:
     """Squared distances of every point to each sample but the last: subtract, multiply, add per dimension."""
     return Count(3 * batch * (samples - 1) * points * dims, batch * (FLOAT * points * dims + INDEX * samples))

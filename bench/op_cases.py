@@ -110,6 +110,17 @@ def presets() -> Iterator[Preset]:
         yield Preset(name, of, settings.model, settings.train.num_points is None and symmetric(coordinates(name)))
 
 
+def _fourier_features(p: Preset) -> Iterator[OpCase]:
+    frequencies = p.encoding().frequencies
+
+    def build() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        coords = p.coords()
+        return lambda: ops.fourier_features(coords, frequencies), ()
+
+    count = counts.fourier_features(p.sizes.points, frequencies.shape[1], len(frequencies))
+    yield OpCase(p.name, "fourier_features", build, count)
+
+
 def _farthest_point_sample(p: Preset) -> Iterator[OpCase]:
     stage = max((c for c in p.sizes.convs if c.centroids < c.points), key=lambda c: c.centroids * c.points)
     encoded = p.sizes.inr[0]
@@ -320,6 +331,7 @@ def _hypernet(p: Preset) -> Iterator[OpCase]:
 
 
 OPS = (
+    _fourier_features,
     _farthest_point_sample,
     _knn,
     _point_conv,
