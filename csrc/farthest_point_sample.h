@@ -9,11 +9,12 @@
 // distance counts as no distance: it brings no candidate nearer.
 //
 // A squared distance is the sum over d = 0 .. D-1 in that order, each product and sum rounded: the same bits for every
-// instruction set and thread count, and for the plain-torch reference.
+// instruction set and thread count, on CUDA devices, and for the plain-torch reference.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda.h"
 #include "isa.h"
 
 namespace vamoh {
@@ -22,11 +23,20 @@ template <class T>
 void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mask, int64_t mask_step, int64_t* out,
                            int64_t batch, int64_t points, int64_t dims, int64_t samples, int threads, Isa isa);
 
+template <class T>
+int farthest_point_sample_cuda(const T* coords, int64_t coords_step, const bool* mask, int64_t mask_step, int64_t* out,
+                               int64_t batch, int64_t points, int64_t dims, int64_t samples, CudaRun& run);
+
 // The same for points on a lattice: coords [B, N] are places 0 .. table_size / 2, and the squared distance of a point p
 // to a point q taken is table[table_size / 2 + p - q]. table_size is odd and below 2^31.
 template <class T>
 void farthest_point_sample_by_table(const int64_t* coords, int64_t coords_step, const T* table, int64_t table_size,
                                     const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t points,
                                     int64_t samples, int threads, Isa isa);
+
+template <class T>
+int farthest_point_sample_by_table_cuda(const int64_t* coords, int64_t coords_step, const T* table, int64_t table_size,
+                                        const bool* mask, int64_t mask_step, int64_t* out, int64_t batch,
+                                        int64_t points, int64_t samples, CudaRun& run);
 
 }  // namespace vamoh

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cuda.h"
 #include "isa.h"
 
 namespace vamoh {
@@ -20,11 +21,21 @@ void knn(const T* points, int64_t points_step, const T* queries, int64_t queries
          int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
          int64_t neighbors, int threads, Isa isa);
 
+template <class T>
+int knn_cuda(const T* points, int64_t points_step, const T* queries, int64_t queries_step, const bool* mask,
+             int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
+             int64_t neighbors, CudaRun& run);
+
 // The same for points on a lattice: points [B, N] and queries [B, M] are places 0 .. table_size / 2, and the squared
 // distance of a point p to a query q is table[table_size / 2 + p - q]. table_size is odd and below 2^31.
 template <class T>
 void knn_by_table(const int64_t* points, int64_t points_step, const int64_t* queries, int64_t queries_step,
                   const T* table, int64_t table_size, const bool* mask, int64_t mask_step, int64_t* out, int64_t batch,
                   int64_t count, int64_t num_queries, int64_t neighbors, int threads, Isa isa);
+
+template <class T>
+int knn_by_table_cuda(const int64_t* points, int64_t points_step, const int64_t* queries, int64_t queries_step,
+                      const T* table, int64_t table_size, const bool* mask, int64_t mask_step, int64_t* out,
+                      int64_t batch, int64_t count, int64_t num_queries, int64_t neighbors, CudaRun& run);
 
 }  // namespace vamoh

@@ -8,11 +8,14 @@
 //   out            [B, M, O]     leaky(linear(flatten_{c,q} sum_s features[b, neighbors[m, s], c] weights[m, s, q]))
 //
 // The contracted features are made a tile at a time and never stored; the gradients make them again. A gradient of
-// features is a sum over the places that read a point, in their order. Scratch: linear_weight repacked, and 32 MiB.
+// features is a sum over the places that read a point, in their order. Scratch: linear_weight repacked, and 32 MiB; on
+// CUDA lists of those places, partial sums of the linear gradient, and 16 MiB (or one function) of gradients of
+// contracted features.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda.h"
 #include "isa.h"
 
 namespace vamoh {
@@ -41,19 +44,27 @@ struct PointConvGradients {
 // slope: of the LeakyReLU on the output; 1: none.
 void point_conv(const PointConvInputs& inputs, float* out, const PointConvSizes& sizes, float slope, int threads,
                 Isa isa);
+int point_conv_cuda(const PointConvInputs& inputs, float* out, const PointConvSizes& sizes, float slope, CudaRun& run);
 
 // grad and out [B, M, O]; slope >= 0.
 void point_conv_backward(const float* grad, const float* out, const PointConvInputs& inputs,
                          const PointConvGradients& gradients, const PointConvSizes& sizes, float slope, int threads,
                          Isa isa);
+int point_conv_backward_cuda(const float* grad, const float* out, const PointConvInputs& inputs,
+                             const PointConvGradients& gradients, const PointConvSizes& sizes, float slope,
+                             CudaRun& run);
 
 // out [B, M, C]: mean of features over the neighbours. `width` and `outputs` of sizes are not used.
 void neighbor_mean(const float* features, const int64_t* neighbors, float* out, const PointConvSizes& sizes,
                    int threads, Isa isa);
+int neighbor_mean_cuda(const float* features, const int64_t* neighbors, float* out, const PointConvSizes& sizes,
+                       CudaRun& run);
 
 // grad_features [B, N, C] from grad [B, M, C].
 void neighbor_mean_backward(const float* grad, const int64_t* neighbors, float* grad_features,
                             const PointConvSizes& sizes, int threads, Isa isa);
+int neighbor_mean_backward_cuda(const float* grad, const int64_t* neighbors, float* grad_features,
+                                const PointConvSizes& sizes, CudaRun& run);
 
 struct DifferenceSizes {
   int64_t batch, points, centroids, neighbors, width;
@@ -64,10 +75,14 @@ struct DifferenceSizes {
 // [B, M] and bias [Q]. The table and the indices may each be shared, with batch 1.
 void neighbor_difference(const float* table, const int64_t* neighbors, const int64_t* centroids, const float* bias,
                          float* out, const DifferenceSizes& sizes, int threads, Isa isa);
+int neighbor_difference_cuda(const float* table, const int64_t* neighbors, const int64_t* centroids, const float* bias,
+                             float* out, const DifferenceSizes& sizes, CudaRun& run);
 
 // grad_table, of the shape of the table, and grad_bias [Q] from grad [B, M, S, Q].
 void neighbor_difference_backward(const float* grad, const int64_t* neighbors, const int64_t* centroids,
                                   float* grad_table, float* grad_bias, const DifferenceSizes& sizes, int threads,
                                   Isa isa);
+int neighbor_difference_backward_cuda(const float* grad, const int64_t* neighbors, const int64_t* centroids,
+                                      float* grad_table, float* grad_bias, const DifferenceSizes& sizes, CudaRun& run);
 
 }  // namespace vamoh

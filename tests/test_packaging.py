@@ -72,7 +72,9 @@ def test_sdist_holds_what_a_build_needs(sdist):
 
 
 def test_wheel_from_sdist(source, tmp_path):
-    wheel = build("wheel", source, tmp_path, VAMOH_NATIVE="auto" if native_unavailable() else "1")
+    native = "auto" if native_unavailable() else "1"
+    cuda = "1" if native == "1" and shutil.which("nvcc") else "auto"
+    wheel = build("wheel", source, tmp_path, VAMOH_NATIVE=native, VAMOH_CUDA=cuda)
     names = zipfile.ZipFile(wheel).namelist()
     assert len([n for n in names if n.startswith("vamoh/_native.")]) == (0 if native_unavailable() else 1)
     bundled = {f"vamoh/data/bundled/{p.name}" for p in (ROOT / "vamoh" / "data" / "bundled").iterdir()}
@@ -94,20 +96,31 @@ assert vamoh.__file__.startswith({str(tmp_path)!r}), vamoh.__file__
 assert vamoh.kernels.__file__.startswith({str(tmp_path)!r})
 assert len(vamoh.open_dataset("digits").splits["test"]) == 1000
 print(vamoh.ops.knn(vamoh.grid_coords((4, 4)), vamoh.grid_coords((2, 2)), 1).tolist())
-print([row.available for row in vamoh.ops.status().rows if row.op == "knn"])
+report = vamoh.ops.status()
+print([row.available for row in report.rows if row.op == "knn" and row.backend != "cuda"])
+print(report.build.get("cuda"))
 """
     lines = run_installed(script, tmp_path / "target")
-    assert lines == ["[[0], [3], [12], [15]]", str([not native_unavailable(), True])]
+    assert lines[:2] == ["[[0], [3], [12], [15]]", str([not native_unavailable(), True])]
+    if cuda == "1":
+        assert re.fullmatch(r"[\d.]+ for sm_80, sm_90, compute_90", lines[2])
 
 
 def test_install_without_a_compiler(source, tmp_path):
     broken = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    forced = run(sys.executable, "-c", BUILD, "wheel", tmp_path, cwd=source, check=False, VAMOH_NATIVE="1", **broken)
+    options = {"VAMOH_NATIVE": "1", "VAMOH_CUDA": "0", **broken}
+    forced = run(sys.executable, "-c", BUILD, "wheel", tmp_path, cwd=source, check=False, **options)
     assert forced.returncode != 0
     assert "vamoh._native could not be built" in forced.stdout + forced.stderr
 
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    nvcc.chmod(0o755)
+    broken["CUDA_HOME"] = str(tmp_path / "cuda")
     result = run(sys.executable, "-c", BUILD, "wheel", tmp_path, cwd=source, **broken)
     assert "vamoh will run on plain torch" in result.stdout + result.stderr
+    assert "CUDA kernels could not be compiled" in result.stdout + result.stderr
     install(tmp_path / result.stdout.split()[-1], tmp_path / "target")
     script = """
 import vamoh
@@ -127,6 +140,19 @@ def test_native_can_be_left_out(source, tmp_path):
     result = run(sys.executable, "-c", BUILD, "wheel", tmp_path, cwd=source, check=False, VAMOH_NATIVE="yes")
     assert result.returncode != 0
     assert "VAMOH_NATIVE must be auto, 0 or 1, got 'yes'" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"VAMOH_CUDA": "yes"}, "VAMOH_CUDA must be auto, 0 or 1, got 'yes'"),
+        ({"VAMOH_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "VAMOH_CUDA=1 needs nvcc, which is not in CUDA_HOME"),
+    ],
+)
+def test_cuda_that_cannot_be_built(source, tmp_path, options, message):
+    result = run(sys.executable, "-c", BUILD, "wheel", tmp_path, cwd=source, check=False, **options)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
 
 
 def test_import_is_lazy():

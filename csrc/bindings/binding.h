@@ -1,4 +1,5 @@
-// What the bindings of all ops share: raw addresses, sizes and a thread count come in; no torch, no checks of user input.
+// What the bindings of all ops share: raw addresses and sizes come in, and a thread count or a CUDA stream; no torch, no
+// checks of user input.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,6 +14,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_cuda(py::module_& m);
 void bind_farthest_point_sample(py::module_& m);
 void bind_fourier_features(py::module_& m);
 void bind_gating(py::module_& m);

@@ -10,6 +10,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
   m.attr("flags") = VAMOH_FLAGS;
+#if defined(VAMOH_CUDA)
+  m.attr("cuda") = VAMOH_CUDA;
+  bind_cuda(m);
+#else
+  m.attr("cuda") = "";
+#endif
   m.def("supported_isas", &vamoh::supported_isas);
   bind_farthest_point_sample(m);
   bind_fourier_features(m);

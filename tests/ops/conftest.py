@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+from vamoh.ops import _backend
 from vamoh.ops._backend import native, native_unavailable
+
+ROOT = Path(__file__).parents[2]
+ON_HOST = ROOT / "tests" / "ops" / "cuda_on_host"
 
 
 @pytest.fixture(autouse=True)
@@ -16,12 +38,40 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of the ops on point clouds that runs on this machine."""
+class OnGpu(TorchDispatchMode):
+    """Runs the ops of vamoh on copies of their tensors in GPU memory, so that one test serves all devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "vamoh":
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, lambda t: t.cuda(), (args, kwargs or {}))
+        return tree_map_only(Tensor, lambda t: t.cpu(), func(*args, **kwargs))
+
+
+HOST_BACKENDS = ["cpu", "reference", "cuda-on-host"]
+
+
+def on_host(request: pytest.FixtureRequest) -> str:
+    """Prepare the backend that the parameter names."""
     if request.param == "cpu" and native_unavailable():
         pytest.skip(str(native_unavailable()))
-    return request.param
+    return request.getfixturevalue("cuda_on_host") if request.param == "cuda-on-host" else request.param
+
+
+@pytest.fixture(params=HOST_BACKENDS)
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of the ops on point clouds that runs on this machine's memory: CUDA kernels do there too."""
+    return on_host(request)
+
+
+@pytest.fixture(params=[*HOST_BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those, and the CUDA kernels on a GPU. Not for torch.compile and opcheck, which do not see through OnGpu."""
+    if request.param == "cuda":
+        with OnGpu():
+            yield "cuda"
+    else:
+        yield on_host(request)
 
 
 @pytest.fixture
@@ -30,3 +80,72 @@ def isas() -> list[str]:
     if native_unavailable():
         pytest.skip(str(native_unavailable()))
     return native().supported_isas()
+
+
+@pytest.fixture(scope="session")
+def build_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function (target, sources, options, link) that compiles C++ and, against our stand-in header, CUDA.
+
+    The options, say sanitizers, are for CUDA sources and for linking.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("CUDA kernels run on the host where there are Linux, x86-64 and a C++ compiler")
+    strict = ["-Werror", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    folders = [ON_HOST, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = ["-std=c++17", "-g1", "-O1", "-fPIC", "-ffp-contract=off", *strict, *(f"-I{folder}" for folder in folders)]
+    objects: dict[tuple[object, ...], Path] = {}
+    folder = tmp_path_factory.mktemp("objects")
+
+    def build(target: Path, sources: Sequence[Path], options: Sequence[object] = (), link: Sequence[object] = ()):
+        def compiled(numbered: tuple[int, Path]) -> Path:
+            number, source = numbered
+            own = options if source.suffix == ".cu" else ()
+            key = (source, *own)
+            if key not in objects:
+                path = folder / f"{len(objects)}.{number}.{source.stem}.o"
+                command = [compiler, *flags, *own, "-x", "c++", "-c", source, "-o", path]
+                subprocess.run([*map(str, command)], check=True)
+                objects[key] = path
+            return objects[key]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            linked = [compiler, *pool.map(compiled, enumerate(sources)), *options, *link, "-o", target]
+        subprocess.run([*map(str, linked)], check=True)
+        return target
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host_module(build_on_host: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA functions of the native module for host memory."""
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    kernels = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ON_HOST / "seed.cu"]
+    library = build_on_host(folder / "libcuda_kernels.so", kernels, link=["-shared"])
+    sources = [ON_HOST / "module.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    path = build_on_host(folder / "cuda_on_host.so", sources, link=["-shared", library, f"-Wl,-rpath,{folder}"])
+    spec = importlib.util.spec_from_file_location("cuda_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda_on_host(cuda_on_host_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let the backend "cuda" take CPU tensors and run its kernels on the host, threads in random order."""
+    cuda_on_host_module.set_seed(2)
+    both = ModuleType("both")
+    for module in (native(), cuda_on_host_module):
+        both.__dict__.update(vars(module) if module else {})
+    registry = {
+        op: [
+            dataclasses.replace(i, devices=("cpu",), unavailable=lambda: None) if i.backend == "cuda" else i
+            for i in all
+        ]
+        for op, all in _backend._REGISTRY.items()
+    }
+    monkeypatch.setattr(_backend, "_load", lambda: (both, None))
+    monkeypatch.setattr(_backend, "_current_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(_backend, "_REGISTRY", registry)
+    return "cuda"

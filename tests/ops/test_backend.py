@@ -73,7 +73,7 @@ def test_status_of_the_package():
 
 def test_build_facts(isas):
     build = status().build
-    assert set(build) == {"version", "compiler", "flags", "isa"}
+    assert set(build) == {"version", "compiler", "flags", "isa", "cuda"}
     assert "-ffp-contract=off" in build["flags"]
     assert "fast-math" not in build["flags"]
     assert "march" not in build["flags"]

@@ -186,16 +186,18 @@ def test_empty_batch(backend):
     assert farthest_point_sample(torch.zeros(0, 5, 2), 3, backend=backend).shape == (0, 3)
 
 
-def test_contract_of_torch_library(backend):
+def test_contract_of_torch_library(host_backend):
     coords, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
     torch.use_deterministic_algorithms(False)
     for m in (None, mask):
-        torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (coords, m, 5, None, backend))
+        torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (coords, m, 5, None, host_backend))
     places, table = lattice_cloud(2, 12)
-    torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (places, None, 5, table, backend))
-    assert not farthest_point_sample(coords, 5, backend=backend).requires_grad
+    torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (places, None, 5, table, host_backend))
+    assert not farthest_point_sample(coords, 5, backend=host_backend).requires_grad
     compiled = torch.compile(farthest_point_sample, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(coords, 5, backend=backend), farthest_point_sample(coords, 5, backend=backend))
+    assert torch.equal(
+        compiled(coords, 5, backend=host_backend), farthest_point_sample(coords, 5, backend=host_backend)
+    )
 
 
 @pytest.mark.parametrize(

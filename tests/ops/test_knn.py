@@ -185,17 +185,17 @@ def test_no_queries_and_empty_batch(backend):
     assert knn(torch.zeros(0, 5, 2), torch.zeros(0, 4, 2), 3, backend=backend).shape == (0, 4, 3)
 
 
-def test_contract_of_torch_library(backend):
+def test_contract_of_torch_library(host_backend):
     points, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
     torch.use_deterministic_algorithms(False)
     for m in (None, mask):
-        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, None, backend))
+        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, None, host_backend))
     places, table = lattice_cloud(2, 12)
-    torch.library.opcheck(torch.ops.vamoh.knn, (places, places[:, :4], 5, mask, table, backend))
+    torch.library.opcheck(torch.ops.vamoh.knn, (places, places[:, :4], 5, mask, table, host_backend))
     compiled = torch.compile(knn, fullgraph=True, backend="aot_eager")
     for m in (None, mask):
-        expected = knn(points, points, 5, m, backend=backend)
-        assert torch.equal(compiled(points, points, 5, m, backend=backend), expected)
+        expected = knn(points, points, 5, m, backend=host_backend)
+        assert torch.equal(compiled(points, points, 5, m, backend=host_backend), expected)
         assert not expected.requires_grad
 
 

@@ -106,6 +106,13 @@ def test_native_matches_float64(size, shared, isas, monkeypatch):
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("size", LARGER)
+def test_every_backend_matches_float64(size, shared, backend):
+    arguments, grad = inputs(*size, shared), gradient(size)
+    assert close(run(single(arguments), grad.float(), backend=backend), run(arguments, grad))
+
+
 @pytest.mark.parametrize("slope", [1.0, 0.0])
 @pytest.mark.parametrize("size", [LARGER[4], LARGER[5]])
 def test_activations(size, slope, backend):
@@ -160,11 +167,9 @@ def difference_inputs(size: tuple[int, ...], table_shared: bool, index_shared: b
     return [torch.from_numpy(a) for a in (*arrays, draw.normal(size=q))]
 
 
-@pytest.mark.parametrize("shared", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("size", [*LARGER, (3, 5, 0, 4, 2, 3, 4), (2, 5, 3, 0, 2, 3, 4)])
-def test_differences(size, shared, isas, monkeypatch):
-    arguments = difference_inputs(size, *shared)
-    table, neighbors, centroids, bias = (t.expand(size[0], *t.shape[1:]) if t.dim() > 1 else t for t in arguments)
+def difference_by_loops(arguments: list[Tensor], batch: int, shared: tuple[bool, bool]) -> tuple[Tensor, list[Tensor]]:
+    """A gradient, and the result and the gradients of table and bias that belong to it."""
+    table, neighbors, centroids, bias = (t.expand(batch, *t.shape[1:]) if t.dim() > 1 else t for t in arguments)
     each = zip(table, neighbors, centroids, strict=True)
     expected = torch.stack([t[near] - t[own][:, None] + bias for t, near, own in each])
     grad = torch.from_numpy(np.random.default_rng(1).normal(size=expected.shape))
@@ -174,22 +179,43 @@ def test_differences(size, shared, isas, monkeypatch):
         by_table[b, centroids[b, m]] -= grad[b, m].sum(0)
     if shared[0]:
         by_table = by_table.sum(0, keepdim=True)
-    batch = 1 if all(shared) else size[0]
-    threads = torch.get_num_threads()
-    if batch != size[0]:
-        expected, grad, by_table = expected[:1], grad.sum(0, keepdim=True), by_table
-    for backend, isa in [("reference", isas[0]), *(("cpu", isa) for isa in isas)]:
+    if all(shared):
+        expected, grad = expected[:1], grad.sum(0, keepdim=True)
+    return grad, [expected, by_table, grad.sum((0, 1, 2))]
+
+
+def run_difference(arguments: list[Tensor], grad: Tensor, backend: str) -> list[Tensor]:
+    leaves = [t.requires_grad_(t.dtype != torch.int64) for t in single(arguments)]
+    out = neighbor_difference(*leaves, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, [leaves[0], leaves[3]], grad.float())]
+
+
+ALL_SHARED = [(True, True), (True, False), (False, True), (False, False)]
+DIFFERENCES = [*LARGER, (3, 5, 0, 4, 2, 3, 4), (2, 5, 3, 0, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("shared", ALL_SHARED)
+@pytest.mark.parametrize("size", DIFFERENCES)
+def test_differences(size, shared, backend):
+    arguments = difference_inputs(size, *shared)
+    grad, expected = difference_by_loops(arguments, size[0], shared)
+    assert close(run_difference(arguments, grad, backend), expected)
+
+
+@pytest.mark.parametrize("shared", ALL_SHARED)
+@pytest.mark.parametrize("size", DIFFERENCES)
+def test_differences_on_every_isa_and_thread_count(size, shared, isas, monkeypatch):
+    arguments, threads = difference_inputs(size, *shared), torch.get_num_threads()
+    grad, expected = difference_by_loops(arguments, size[0], shared)
+    for isa in isas:
         monkeypatch.setenv("VAMOH_ISA", isa)
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            leaves = [t.requires_grad_(t.dtype != torch.int64) for t in single(arguments)]
-            out = neighbor_difference(*leaves, backend=backend)
-            results.append([out.detach(), *torch.autograd.grad(out, [leaves[0], leaves[3]], grad.float())])
+            results.append(run_difference(arguments, grad, "cpu"))
         torch.set_num_threads(threads)
-        assert close(results[0], [expected, by_table, grad.sum((0, 1, 2))])
-        if backend == "cpu":
-            assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+        assert close(results[0], expected)
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_gradients_of_differences():
@@ -212,16 +238,16 @@ def test_second_derivatives_are_refused(backend):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_contract_of_a_torch_op(shared, backend):
+def test_contract_of_a_torch_op(shared, host_backend):
     arguments = single(inputs(*SIZES[1], shared))
     leaves = [t.requires_grad_(t.dtype != torch.int64) for t in arguments]
-    torch.library.opcheck(torch.ops.vamoh.point_conv.default, (*leaves, 0.2, backend))
-    torch.library.opcheck(torch.ops.vamoh.neighbor_mean.default, (*leaves[:2], backend))
+    torch.library.opcheck(torch.ops.vamoh.point_conv.default, (*leaves, 0.2, host_backend))
+    torch.library.opcheck(torch.ops.vamoh.neighbor_mean.default, (*leaves[:2], host_backend))
     differences = single(difference_inputs(SIZES[1], False, shared))
     differences = [t.requires_grad_(t.dtype != torch.int64) for t in differences]
-    torch.library.opcheck(torch.ops.vamoh.neighbor_difference.default, (*differences, backend))
+    torch.library.opcheck(torch.ops.vamoh.neighbor_difference.default, (*differences, host_backend))
     compiled = torch.compile(point_conv, fullgraph=True, backend="aot_eager", dynamic=False)
-    assert torch.equal(compiled(*leaves, 0.2, backend=backend), point_conv(*leaves, 0.2, backend=backend))
+    assert torch.equal(compiled(*leaves, 0.2, backend=host_backend), point_conv(*leaves, 0.2, backend=host_backend))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -273,6 +299,7 @@ def test_gather_serves_a_batch_of_one_on_either_side():
             r"neighbors must have shape \[1, 4, 3\], got \[1, 4, 2\]",
         ),
         ({"neighbors": torch.zeros(1, 4, 3).int()}, TypeError, "neighbors must have dtype int64, got int32"),
+        ({"neighbors": torch.zeros(1, 4, 3, device="meta").long()}, TypeError, "neighbors must be on cpu, got meta"),
         ({"linear_weight": torch.zeros(7, 11)}, ValueError, r"linear_weight must have shape \[O, 12\], got \[7, 11\]"),
         ({"linear_bias": torch.zeros(6)}, ValueError, r"linear_bias must have shape \[7\], got \[6\]"),
         ({"neighbors": torch.full((1, 4, 3), 5)}, ValueError, "neighbors must index the 5 points, got 5"),

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the registry, the choice, and the native module behind the backend "cpu".
+"""Which implementation of an op runs: the registry, the choice, and the native module behind "cpu" and "cuda".
 
 The choice is made when the op runs, never while it is traced: the `backend=` argument, else the environment variable
 VAMOH_BACKEND, else the first registered implementation that takes the device and dtype and is available. An explicit
@@ -7,10 +7,11 @@ choice never falls back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +130,45 @@ def native_isa() -> str:
     return wanted
 
 
+def cuda_unavailable() -> str | None:
+    """Why the native module's CUDA kernels cannot be used here, or None."""
+    reason = native_unavailable()
+    if reason is not None:
+        return reason
+    if not native().cuda:
+        return "the native module is built without CUDA; reinstall vamoh where nvcc is found (VAMOH_CUDA=1)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    problem = native().cuda_problem()
+    if problem:
+        return f"the CUDA {native().cuda.split()[0]} of the native module says: {problem}"
+    major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return None if major >= 8 else f"needs GPUs of compute capability 8.0 or more, got {major}.{minor}"
+
+
+@contextlib.contextmanager
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """Make `device` the current one; the handle of torch's current stream there."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def call_native(function: str, backend: str, device: torch.device, **arguments: Any) -> None:
+    """Call a function of the native module with addresses and sizes: "cpu" on torch's threads, "cuda" on its stream.
+
+    On CUDA it only enqueues; torch keeps memory that is freed meanwhile for later work of the same stream. Raises
+    RuntimeError, naming the op and the CUDA error, if a kernel cannot be launched.
+    """
+    if backend == "cpu":
+        getattr(native(), function)(**arguments, threads=torch.get_num_threads(), isa=native_isa())
+        return
+    launch = getattr(native(), f"{function}_cuda")
+    with _current_stream(device) as stream:
+        size = launch(**arguments, workspace=0, stream=stream)
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        launch(**arguments, workspace=workspace.data_ptr(), stream=stream)
+
+
 def items(x: Tensor) -> tuple[Tensor, int]:
     """Memory of a batch [B, ...] for a kernel: a contiguous tensor, and how many values lie from item to item.
 
@@ -182,5 +222,6 @@ def status() -> Status:
         "compiler": module.compiler,
         "flags": module.flags,
         "isa": f"{native_isa()} (of {', '.join(module.supported_isas())})",
+        "cuda": module.cuda or "not built",
     }
     return Status(tuple(rows), build)

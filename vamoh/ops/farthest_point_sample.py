@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vamoh._checks import check_positive
-from vamoh.ops._backend import items, native, native_isa, native_unavailable, register, resolve
+from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
 
 
@@ -72,8 +72,9 @@ def _run(coords: Tensor, mask: Tensor | None, num_samples: int, table: Tensor | 
     if table is not None:
         check_places("farthest_point_sample", "coords", coords, table)
     chosen = resolve("farthest_point_sample", coords.device, coords.dtype, backend)
-    run = _native if chosen == "cpu" else farthest_point_sample_reference
-    return run(coords, mask, samples, table)
+    if chosen == "reference":
+        return farthest_point_sample_reference(coords, mask, samples, table)
+    return _native(chosen, coords, mask, samples, table)
 
 
 def farthest_point_sample_reference(coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
@@ -96,11 +97,11 @@ def farthest_point_sample_reference(coords: Tensor, mask: Tensor | None, samples
     return torch.where(takes_all, listed.masked_fill(listed == points, -1), order)
 
 
-def _native(coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
+def _native(backend: str, coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
     batch, points, dims = coords.shape
     coords, coords_step = items(coords)
     mask, mask_step = (None, 0) if mask is None else items(mask)
-    order = torch.empty(batch, samples, dtype=torch.int64)
+    order = torch.empty(batch, samples, dtype=torch.int64, device=coords.device)
     common = {
         "coords": coords.data_ptr(),
         "coords_step": coords_step,
@@ -110,18 +111,19 @@ def _native(coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | N
         "batch": batch,
         "points": points,
         "samples": samples,
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
+        "is_double": (coords if table is None else table).dtype == torch.float64,
     }
     if table is None:
-        native().farthest_point_sample(**common, dims=dims, is_double=coords.dtype == torch.float64)
+        call_native("farthest_point_sample", backend, coords.device, **common, dims=dims)
     else:
         table = table.contiguous()
-        native().farthest_point_sample_by_table(
-            **common, table=table.data_ptr(), table_size=len(table), is_double=table.dtype == torch.float64
+        size = len(table)
+        call_native(
+            "farthest_point_sample_by_table", backend, coords.device, **common, table=table.data_ptr(), table_size=size
         )
     return order
 
 
 register("farthest_point_sample", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
+register("farthest_point_sample", "cuda", devices=["cuda"], dtypes=POINTS, unavailable=cuda_unavailable)
 register("farthest_point_sample", "reference")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vamoh._checks import check_positive, check_tensor
-from vamoh.ops._backend import items, native, native_isa, native_unavailable, register, resolve
+from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
 
 _CHUNK = 1 << 18
@@ -86,7 +86,9 @@ def _run(
         check_places("knn", "points", points, table)
         check_places("knn", "queries", queries, table)
     chosen = resolve("knn", points.device, points.dtype, backend)
-    return (_native if chosen == "cpu" else knn_reference)(points, queries, num_neighbors, mask, table)
+    if chosen == "reference":
+        return knn_reference(points, queries, num_neighbors, mask, table)
+    return _native(chosen, points, queries, num_neighbors, mask, table)
 
 
 def knn_reference(
@@ -108,10 +110,12 @@ def knn_reference(
     return index
 
 
-def _native(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None) -> Tensor:
+def _native(
+    backend: str, points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None
+) -> Tensor:
     batch, count, dims = points.shape
     num_queries = queries.shape[1]
-    index = torch.empty(batch, num_queries, num_neighbors, dtype=torch.int64)
+    index = torch.empty(batch, num_queries, num_neighbors, dtype=torch.int64, device=points.device)
     points, points_step = items(points)
     queries, queries_step = items(queries)
     mask, mask_step = (None, 0) if mask is None else items(mask)
@@ -127,18 +131,16 @@ def _native(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | 
         "count": count,
         "num_queries": num_queries,
         "neighbors": num_neighbors,
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
+        "is_double": (points if table is None else table).dtype == torch.float64,
     }
     if table is None:
-        native().knn(**common, dims=dims, is_double=points.dtype == torch.float64)
+        call_native("knn", backend, points.device, **common, dims=dims)
     else:
         table = table.contiguous()
-        native().knn_by_table(
-            **common, table=table.data_ptr(), table_size=len(table), is_double=table.dtype == torch.float64
-        )
+        call_native("knn_by_table", backend, points.device, **common, table=table.data_ptr(), table_size=len(table))
     return index
 
 
 register("knn", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
+register("knn", "cuda", devices=["cuda"], dtypes=POINTS, unavailable=cuda_unavailable)
 register("knn", "reference")

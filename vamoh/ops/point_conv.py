@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import native, native_isa, native_unavailable, refuse_second_derivatives, register, resolve
+from vamoh.ops._backend import (
+    call_native,
+    cuda_unavailable,
+    native_unavailable,
+    refuse_second_derivatives,
+    register,
+    resolve,
+)
 
 
 def point_conv(
@@ -39,7 +47,7 @@ def point_conv(
     shared, m, s, q = weights.shape
     if shared not in (1, features.shape[0]):
         raise ValueError(f"{where}: weights must have batch 1 or {features.shape[0]}, got {shared}")
-    check_tensor(where, "neighbors", neighbors, [shared, m, s], dtypes=[torch.int64])
+    _check_index(where, "neighbors", neighbors, [shared, m, s], features)
     check_tensor(where, "linear_weight", linear_weight, ["O", features.shape[2] * q], like=features)
     check_tensor(where, "linear_bias", linear_bias, [linear_weight.shape[0]], like=features)
     if not slope >= 0:
@@ -57,7 +65,7 @@ def neighbor_mean(features: Tensor, neighbors: Tensor, *, backend: str | None = 
     """
     where = "neighbor_mean"
     check_tensor(where, "features", features, ["B", "N", "C"], dtypes=FLOATING)
-    check_tensor(where, "neighbors", neighbors, ["B", "M", "S"], dtypes=[torch.int64])
+    _check_index(where, "neighbors", neighbors, ["B", "M", "S"], features)
     if neighbors.shape[0] not in (1, features.shape[0]):
         raise ValueError(f"{where}: neighbors must have batch 1 or {features.shape[0]}, got {neighbors.shape[0]}")
     result: Tensor = torch.ops.vamoh.neighbor_mean(features, neighbors, backend)
@@ -75,13 +83,19 @@ def neighbor_difference(
     """
     where = "neighbor_difference"
     check_tensor(where, "table", table, ["B", "N", "Q"], dtypes=FLOATING)
-    check_tensor(where, "neighbors", neighbors, ["B", "M", "S"], dtypes=[torch.int64])
-    check_tensor(where, "centroids", centroids, list(neighbors.shape[:2]), dtypes=[torch.int64])
+    _check_index(where, "neighbors", neighbors, ["B", "M", "S"], table)
+    _check_index(where, "centroids", centroids, list(neighbors.shape[:2]), table)
     check_tensor(where, "bias", bias, [table.shape[2]], like=table)
     if table.shape[0] != neighbors.shape[0] and 1 not in (table.shape[0], neighbors.shape[0]):
         raise ValueError(f"{where}: neighbors must have batch 1 or {table.shape[0]}, got {neighbors.shape[0]}")
     result: Tensor = torch.ops.vamoh.neighbor_difference(table, neighbors, centroids, bias, backend)
     return result
+
+
+def _check_index(where: str, name: str, index: Tensor, shape: Sequence[int | str], features: Tensor) -> None:
+    check_tensor(where, name, index, shape, dtypes=[torch.int64])
+    if index.device != features.device:
+        raise TypeError(f"{where}: {name} must be on {features.device}, got {index.device}")
 
 
 def gather(features: Tensor, index: Tensor) -> Tensor:
@@ -181,12 +195,16 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     _check_range("point_conv", neighbors, features.shape[1])
-    if resolve("point_conv", features.device, features.dtype, backend) == "reference":
+    chosen = resolve("point_conv", features.device, features.dtype, backend)
+    if chosen == "reference":
         out = point_conv_reference(features, neighbors, weights, linear_weight, linear_bias)
         return F.leaky_relu(out, slope)
     inputs = [t.contiguous() for t in (features, neighbors, weights, linear_weight, linear_bias)]
-    out = torch.empty(features.shape[0], weights.shape[1], linear_weight.shape[0])
-    native().point_conv(
+    out = features.new_empty(features.shape[0], weights.shape[1], linear_weight.shape[0])
+    call_native(
+        "point_conv",
+        chosen,
+        features.device,
         features=inputs[0].data_ptr(),
         neighbors=inputs[1].data_ptr(),
         weights=inputs[2].data_ptr(),
@@ -211,15 +229,19 @@ def _run_backward(
     features_needed: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    if resolve("point_conv", features.device, features.dtype, backend) == "reference":
+    chosen = resolve("point_conv", features.device, features.dtype, backend)
+    if chosen == "reference":
         grad = torch.where(out > 0, grad, grad * slope)
         return _backward_reference(grad, features, neighbors, weights, linear_weight, features_needed)
     grad = grad.contiguous()
     inputs = [t.contiguous() for t in (features, neighbors, weights, linear_weight)]
-    by_features = torch.empty(features.shape if features_needed else (0,))
-    by_weights, by_linear = torch.empty(weights.shape), torch.empty(linear_weight.shape)
-    by_bias = torch.empty(linear_weight.shape[0])
-    native().point_conv_backward(
+    by_features = features.new_empty(features.shape if features_needed else (0,))
+    by_weights, by_linear = features.new_empty(weights.shape), features.new_empty(linear_weight.shape)
+    by_bias = features.new_empty(linear_weight.shape[0])
+    call_native(
+        "point_conv_backward",
+        chosen,
+        features.device,
         grad=grad.data_ptr(),
         out=out.data_ptr(),
         features=inputs[0].data_ptr(),
@@ -239,20 +261,22 @@ def _run_backward(
 @torch.library.impl("vamoh::neighbor_mean", "CompositeExplicitAutograd")
 def _run_mean(features: Tensor, neighbors: Tensor, backend: str | None) -> Tensor:
     _check_range("neighbor_mean", neighbors, features.shape[1])
-    if resolve("neighbor_mean", features.device, features.dtype, backend) == "reference":
+    chosen = resolve("neighbor_mean", features.device, features.dtype, backend)
+    if chosen == "reference":
         return gather(features, neighbors).mean(2)
-    out = torch.empty(features.shape[0], neighbors.shape[1], features.shape[2])
-    _native_mean(features, neighbors, out, features, backward=False)
+    out = features.new_empty(features.shape[0], neighbors.shape[1], features.shape[2])
+    _native_mean(chosen, features, neighbors, out, features, backward=False)
     return out
 
 
 @torch.library.impl("vamoh::neighbor_mean_backward", "CompositeExplicitAutograd")
 def _run_mean_backward(grad: Tensor, neighbors: Tensor, points: int, backend: str | None) -> Tensor:
-    if resolve("neighbor_mean", grad.device, grad.dtype, backend) == "reference":
+    chosen = resolve("neighbor_mean", grad.device, grad.dtype, backend)
+    if chosen == "reference":
         size = neighbors.shape[2]
         return _scatter((grad / max(size, 1))[:, :, None].expand(-1, -1, size, -1), neighbors, points)
-    out = torch.empty(grad.shape[0], points, grad.shape[2])
-    _native_mean(grad, neighbors, out, out, backward=True)
+    out = grad.new_empty(grad.shape[0], points, grad.shape[2])
+    _native_mean(chosen, grad, neighbors, out, out, backward=True)
     return out
 
 
@@ -261,11 +285,15 @@ def _run_difference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: T
     where = "neighbor_difference"
     _check_range(where, neighbors, table.shape[1])
     _check_range(where, centroids, table.shape[1], "centroids")
-    if resolve(where, table.device, table.dtype, backend) == "reference":
+    chosen = resolve(where, table.device, table.dtype, backend)
+    if chosen == "reference":
         return gather(table, neighbors) - gather(table, centroids)[:, :, None] + bias
     inputs = [t.contiguous() for t in (table, neighbors, centroids, bias)]
-    out = torch.empty(max(table.shape[0], neighbors.shape[0]), *neighbors.shape[1:], table.shape[2])
-    native().neighbor_difference(
+    out = table.new_empty(max(table.shape[0], neighbors.shape[0]), *neighbors.shape[1:], table.shape[2])
+    call_native(
+        where,
+        chosen,
+        table.device,
         table=inputs[0].data_ptr(),
         neighbors=inputs[1].data_ptr(),
         centroids=inputs[2].data_ptr(),
@@ -280,12 +308,16 @@ def _run_difference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: T
 def _run_difference_backward(
     grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if resolve("neighbor_difference", grad.device, grad.dtype, backend) == "reference":
+    chosen = resolve("neighbor_difference", grad.device, grad.dtype, backend)
+    if chosen == "reference":
         by_table = _scatter(grad, neighbors, points) - _scatter(grad.sum(2)[:, :, None], centroids[..., None], points)
         return by_table.sum(0, keepdim=True) if batch == 1 else by_table, grad.sum((0, 1, 2))
     inputs = [t.contiguous() for t in (grad, neighbors, centroids)]
-    by_table, by_bias = torch.empty(batch, points, grad.shape[3]), torch.empty(grad.shape[3])
-    native().neighbor_difference_backward(
+    by_table, by_bias = grad.new_empty(batch, points, grad.shape[3]), grad.new_empty(grad.shape[3])
+    call_native(
+        "neighbor_difference_backward",
+        chosen,
+        grad.device,
         grad=inputs[0].data_ptr(),
         neighbors=inputs[1].data_ptr(),
         centroids=inputs[2].data_ptr(),
@@ -338,9 +370,14 @@ def _scatter(rows: Tensor, index: Tensor, points: int) -> Tensor:
     return rows.new_zeros(batch, points, channels).scatter_add_(1, where, rows.flatten(1, 2))
 
 
-def _native_mean(source: Tensor, neighbors: Tensor, out: Tensor, features: Tensor, *, backward: bool) -> None:
+def _native_mean(
+    chosen: str, source: Tensor, neighbors: Tensor, out: Tensor, features: Tensor, *, backward: bool
+) -> None:
     source, neighbors = source.contiguous(), neighbors.contiguous()
-    native().neighbor_mean(
+    call_native(
+        "neighbor_mean",
+        chosen,
+        source.device,
         source=source.data_ptr(),
         neighbors=neighbors.data_ptr(),
         out=out.data_ptr(),
@@ -353,8 +390,6 @@ def _sizes(features: Tensor, neighbors: Tensor, width: int, outputs: int) -> dic
     return {
         "sizes": (*features.shape, *neighbors.shape[1:], width, outputs),
         "shared": neighbors.shape[0] == 1,
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
     }
 
 
@@ -363,8 +398,6 @@ def _difference_sizes(out: Tensor, neighbors: Tensor, batch: int, points: int) -
         "sizes": (out.shape[0], points, *out.shape[1:]),
         "table_shared": batch == 1,
         "index_shared": neighbors.shape[0] == 1,
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
     }
 
 
@@ -421,4 +454,5 @@ torch.library.register_autograd("vamoh::neighbor_mean", _backward_mean, setup_co
 
 for _op in ("point_conv", "neighbor_mean", "neighbor_difference"):
     register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
+    register(_op, "cuda", devices=["cuda"], dtypes=[torch.float32], unavailable=cuda_unavailable)
     register(_op, "reference")
