@@ -51,6 +51,42 @@ def test_explicit_choice_never_falls_back(registry, monkeypatch, backend, device
         _backend.resolve("toy", torch.device(device), dtype)
 
 
+def test_refusal_goes_to_the_next_or_is_an_error(registry):
+    def refusal(backend: str) -> str | None:
+        return "takes red, got blue" if backend == "fast" else None
+
+    assert _backend.resolve("toy", CPU, torch.float32, refusal=refusal) == "reference"
+    with pytest.raises(ValueError, match="toy: backend 'fast' takes red, got blue"):
+        _backend.resolve("toy", CPU, torch.float32, "fast", refusal)
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "capability", "reason"),
+    [
+        (None, "13.0", (9, 0), "Triton is not installed (pip install vamoh[triton])"),
+        ("here", None, (9, 0), "no CUDA device"),
+        ("here", "13.0", (7, 5), "needs a GPU of compute capability 8.0 or higher, this one has 7.5"),
+        ("here", "13.0", (8, 0), None),
+    ],
+)
+def test_why_triton_cannot_run(monkeypatch, found, version, capability, reason):
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _backend.triton_unavailable.__wrapped__() == reason
+
+
+def test_status_of_triton(registry, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_backend, "triton_unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("VAMOH_TRITON_PRECISION", "bf16")
+    report = status()
+    assert report.triton["device"] == "a GPU" and report.triton["precision"] == "bf16"
+    assert "triton\n  version" in str(report)
+
+
 def test_status_rows_and_table(registry, monkeypatch):
     monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
     report = status()

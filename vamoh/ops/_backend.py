@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the registry, the choice, and the native module behind "cpu" and "cuda".
+"""Which implementation of an op runs: the registry, the choice, and what is behind "cpu", "cuda" and "triton".
 
 The choice is made when the op runs, never while it is traced: the `backend=` argument, else the environment variable
 VAMOH_BACKEND, else the first registered implementation that takes the device and dtype and is available. An explicit
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -49,21 +50,29 @@ def register(
     _REGISTRY.setdefault(op, []).append(entry)
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def resolve(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    refusal: Callable[[str], str | None] = lambda backend: None,
+) -> str:
     """Name of the backend that runs `op` on tensors of this device and dtype.
 
+    refusal says why a backend cannot do what is asked besides, worded as "takes ..., got ...", or None.
     Raises ValueError when the backend asked for is unknown or does not take them, RuntimeError when it is missing
     here; both say why.
     """
     chosen = backend or os.environ.get("VAMOH_BACKEND") or None
     known = _REGISTRY[op]
     if chosen is None:
-        return next(i.backend for i in known if _misfit(i, device, dtype) is None and i.unavailable() is None)
+        fit = (i for i in known if _misfit(i, device, dtype) is None and i.unavailable() is None)
+        return next(i.backend for i in fit if refusal(i.backend) is None)
     asked = f"{chosen!r}" if backend else f"{chosen!r} (from VAMOH_BACKEND)"
     for implementation in known:
         if implementation.backend != chosen:
             continue
-        misfit = _misfit(implementation, device, dtype)
+        misfit = _misfit(implementation, device, dtype) or refusal(chosen)
         if misfit is not None:
             raise ValueError(f"{op}: backend {asked} {misfit}")
         reason = implementation.unavailable()
@@ -169,6 +178,36 @@ def call_native(function: str, backend: str, device: torch.device, **arguments: 
         launch(**arguments, workspace=workspace.data_ptr(), stream=stream)
 
 
+def triton_kernels(name: str) -> Any:
+    """A module of `vamoh.kernels`."""
+    return importlib.import_module(f"vamoh.kernels.{name}")
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why Triton kernels cannot run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install vamoh[triton])"
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
+    return None
+
+
+def triton_precision() -> str:
+    """Precision of products in Triton kernels: VAMOH_TRITON_PRECISION if set, else "tf32x3".
+
+    Raises ValueError when VAMOH_TRITON_PRECISION names none.
+    """
+    precision = os.environ.get("VAMOH_TRITON_PRECISION") or "tf32x3"
+    known = triton_kernels("inr_mixture_plan").PRECISIONS
+    if precision not in known:
+        raise ValueError(f"VAMOH_TRITON_PRECISION must be one of {', '.join(known)}, got {precision!r}")
+    return precision
+
+
 def items(x: Tensor) -> tuple[Tensor, int]:
     """Memory of a batch [B, ...] for a kernel: a contiguous tensor, and how many values lie from item to item.
 
@@ -191,37 +230,50 @@ class Row:
 
 @dataclass(frozen=True)
 class Status:
-    """What runs here: a row per op and backend in order of preference, and facts on the native build (empty: none)."""
+    """What runs here: a row per op and backend in order of preference, facts on the native build and on Triton.
+
+    build and triton are empty where there is none.
+    """
 
     rows: tuple[Row, ...]
     build: dict[str, str] = field(default_factory=dict)
+    triton: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         cells = [("op", "backend", ""), *((r.op, r.backend, r.reason or "available") for r in self.rows)]
         first, second = (max(len(row[i]) for row in cells) for i in (0, 1))
         lines = [f"{op:<{first}}  {backend:<{second}}  {note}".rstrip() for op, backend, note in cells]
-        build = self.build or {"": native_unavailable() or ""}
-        return "\n".join([*lines, "", "native module", *(f"  {k:<9} {v}" if k else f"  {v}" for k, v in build.items())])
+        for title, facts, missing in (
+            ("triton", self.triton, triton_unavailable()),
+            ("native module", self.build, native_unavailable()),
+        ):
+            lines += ["", title, *(f"  {k:<9} {v}" for k, v in facts.items())] + [f"  {missing}"] * (not facts)
+        return "\n".join(lines)
 
 
 def status() -> Status:
     """Report every op's backends and how the native module was built; `str` of it is a table.
 
-    Raises ValueError for a bad VAMOH_ISA.
+    Raises ValueError for a bad VAMOH_ISA or VAMOH_TRITON_PRECISION.
     """
     rows = []
     for op, implementations in sorted(_REGISTRY.items()):
         for implementation in implementations:
             reason = implementation.unavailable()
             rows.append(Row(op, implementation.backend, reason is None, reason or ""))
-    module = native()
-    if module is None:
-        return Status(tuple(rows))
-    build = {
-        "version": module.version,
-        "compiler": module.compiler,
-        "flags": module.flags,
-        "isa": f"{native_isa()} (of {', '.join(module.supported_isas())})",
-        "cuda": module.cuda or "not built",
-    }
-    return Status(tuple(rows), build)
+    module, build, triton = native(), {}, {}
+    if module is not None:
+        build = {
+            "version": module.version,
+            "compiler": module.compiler,
+            "flags": module.flags,
+            "isa": f"{native_isa()} (of {', '.join(module.supported_isas())})",
+            "cuda": module.cuda or "not built",
+        }
+    if triton_unavailable() is None:
+        triton = {
+            "version": importlib.import_module("triton").__version__,
+            "device": torch.cuda.get_device_name(),
+            "precision": triton_precision(),
+        }
+    return Status(tuple(rows), build, triton)

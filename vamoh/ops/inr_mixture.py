@@ -25,6 +25,9 @@ from vamoh.ops._backend import (
     register,
     require_reference,
     resolve,
+    triton_kernels,
+    triton_precision,
+    triton_unavailable,
 )
 from vamoh.ops._points import check_mask
 from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likelihood_with_derivatives, mean
@@ -186,6 +189,8 @@ def _check(
         check_mask(where, mask, features, batch)
     if mirror is not None:
         check_tensor(where, "mirror", mirror, [features.shape[-2]], dtypes=[torch.int64])
+        if mirror.device != theta.device:
+            raise TypeError(f"{where}: mirror must be on {theta.device}, got {mirror.device}")
         if features.dim() != 2 or inr.widths[0] % 2:
             raise ValueError(
                 f"{where}: mirror must come with features [N, E] shared by the batch and E even, "
@@ -331,8 +336,13 @@ def _run_outputs(
     backend: str | None,
 ) -> Tensor:
     inr = Inr(tuple(widths), activation, slope, omega)
-    if resolve("inr_mixture", theta.device, theta.dtype, backend) == "reference":
+    chosen = _resolve("inr_mixture", theta, widths, backend)
+    if chosen == "reference":
         return inr_mixture_reference(theta, features, inr).contiguous()
+    if chosen == "triton":
+        return triton_kernels("inr_mixture").outputs(  # type: ignore[no-any-return]
+            theta, features, mirror, widths, activation, slope, omega, triton_precision()
+        )
     call = _NativeCall(theta, features, mirror, inr)
     outputs = theta.new_empty(*theta.shape[:2], features.shape[-2], widths[-1])
     native().inr_mixture(call.mixture, outputs=outputs.data_ptr(), **call.machine)
@@ -352,11 +362,17 @@ def _run_outputs_backward(
     backend: str | None,
 ) -> Tensor:
     inr = Inr(tuple(widths), activation, slope, omega)
-    if resolve("inr_mixture", theta.device, theta.dtype, backend) == "reference":
+    chosen = _resolve("inr_mixture", theta, widths, backend)
+    if chosen == "reference":
         grad_theta = torch.empty_like(theta)
         layers, inputs, before, _ = _forward(theta, features, inr)
         _backward_layers(layers, inputs, before, grad_outputs.mT, unpack(grad_theta, widths), inr)
         return grad_theta
+    if chosen == "triton":
+        grad_theta = triton_kernels("inr_mixture").outputs_backward(
+            grad_outputs, theta, features, mirror, widths, activation, slope, omega, triton_precision()
+        )
+        return _like(grad_theta, theta)
     call = _NativeCall(theta, features, mirror, inr)
     grad_outputs, grad_theta = grad_outputs.contiguous(), torch.empty_like(call.theta)
     native().inr_mixture_backward(
@@ -385,8 +401,16 @@ def _run_log_likelihood(
 ) -> Tensor:
     inr = Inr(tuple(widths), activation, slope, omega)
     kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
-    if resolve("inr_mixture_log_likelihood", theta.device, theta.dtype, backend) == "reference":
+    chosen = _resolve("inr_mixture_log_likelihood", theta, widths, backend)
+    if chosen == "reference":
         return inr_mixture_log_likelihood_reference(theta, features, values, scale, mask, inr, kind)
+    if chosen == "triton":
+        mirror = _observed_pairs(mirror, mask)
+        features, values = _observed(features, values, mask)
+        log_p = triton_kernels("inr_mixture").log_likelihood(
+            theta, features, values, scale, mirror, widths, activation, slope, omega, *kind, triton_precision()
+        )
+        return log_p if mask is None else torch.where(mask[:, None], log_p, 0)
     call = _NativeCall(theta, features, mirror, inr, mask)
     values, scale = values.contiguous(), scale.contiguous()
     log_p = theta.new_empty(*theta.shape[:2], values.shape[1])
@@ -414,8 +438,13 @@ def _run_mean(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     inr, kind = Inr(tuple(widths), activation, slope, omega), Likelihood(likelihood)
-    if resolve("inr_mixture_mean", theta.device, theta.dtype, backend) == "reference":
+    chosen = _resolve("inr_mixture_mean", theta, widths, backend)
+    if chosen == "reference":
         return inr_mixture_mean_reference(theta, features, log_pi, inr, kind)
+    if chosen == "triton":
+        return triton_kernels("inr_mixture").mean(  # type: ignore[no-any-return]
+            theta, features, log_pi, mirror, widths, activation, slope, omega, likelihood, triton_precision()
+        )
     call = _NativeCall(theta, features, mirror, inr)
     log_pi = log_pi.contiguous()
     means = theta.new_empty(theta.shape[0], features.shape[-2], widths[-1])
@@ -453,8 +482,18 @@ def _run_expected(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inr = Inr(tuple(widths), activation, slope, omega)
     kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
-    if resolve("inr_mixture_expected_log_likelihood", theta.device, theta.dtype, backend) == "reference":
+    chosen = _resolve("inr_mixture_expected_log_likelihood", theta, widths, backend)
+    if chosen == "reference":
         return inr_mixture_expected_log_likelihood_reference(theta, features, values, weights, scale, mask, inr, kind)
+    if chosen == "triton":
+        mirror = _observed_pairs(mirror, mask)
+        features, values = _observed(features, values, mask)
+        weights = weights if mask is None else torch.where(mask[:, None], weights, 0)
+        value, log_p, grad_theta, grad_scale = triton_kernels("inr_mixture").expected_log_likelihood(
+            theta, features, values, weights, scale, mirror, widths, activation, slope, omega, *kind, triton_precision()
+        )
+        log_p = log_p if mask is None else torch.where(mask[:, None], log_p, 0)
+        return value, log_p, _like(grad_theta, theta), grad_scale
     call = _NativeCall(theta, features, mirror, inr, mask)
     values, weights, scale = values.contiguous(), weights.contiguous(), scale.contiguous()
     value = theta.new_empty(theta.shape[0])
@@ -473,6 +512,13 @@ def _run_expected(
         **call.machine,
     )
     return value, log_p, _like(grad_theta, theta), grad_scale
+
+
+def _resolve(op: str, theta: Tensor, widths: Sequence[int], backend: str | None) -> str:
+    def refusal(name: str) -> str | None:
+        return triton_kernels("inr_mixture_plan").refusal(widths) if name == "triton" else None
+
+    return resolve(op, theta.device, theta.dtype, backend, refusal)
 
 
 class _NativeCall:
@@ -591,6 +637,14 @@ def _observed(features: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Te
     return torch.where(used[..., None], features, 0), torch.where(mask[..., None], values, 0)
 
 
+def _observed_pairs(mirror: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The mirror without pairs of which one is never observed: `_observed` leaves nothing of its features."""
+    if mirror is None or mask is None:
+        return mirror
+    used = mask.any(0)
+    return torch.where(used & used[mirror.clamp(min=0)], mirror, -1)
+
+
 def _activate(x: Tensor, inr: Inr) -> Tensor:
     if inr.activation == "sine":
         return torch.sin(inr.omega * x)
@@ -620,5 +674,6 @@ for _op in (
     "inr_mixture_expected_log_likelihood",
     "inr_mixture_mean",
 ):
+    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable)
     register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
     register(_op, "reference")

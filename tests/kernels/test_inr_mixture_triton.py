@@ -1,0 +1,402 @@
+"""The "triton" backend of the INR mixture against the float64 reference."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vamoh.kernels.inr_mixture_plan import PRECISIONS, refusal
+from vamoh.layout import packed_size
+from vamoh.ops import (
+    _backend,
+    inr_mixture,
+    inr_mixture_expected_log_likelihood,
+    inr_mixture_log_likelihood,
+    inr_mixture_mean,
+    status,
+)
+from vamoh.ops.inr_mixture import Inr, inr_mixture_mean_reference, inr_mixture_reference
+from vamoh.ops.likelihood import Likelihood
+
+pytest.importorskip("triton")
+
+OPS = ("inr_mixture", "inr_mixture_log_likelihood", "inr_mixture_expected_log_likelihood", "inr_mixture_mean")
+LIKELIHOODS = [
+    Likelihood("logistic"),
+    Likelihood("logistic", 1 / 510, 0.0, True),
+    Likelihood("bernoulli"),
+    Likelihood("continuous_bernoulli"),
+]
+ACTIVATIONS = [("leaky_relu", 0.2), ("leaky_relu", -0.2), ("relu", 0.7), ("sine", 0.0)]
+SIZES = [
+    ((1, 1, 1, (2, 4, 1)), "shared"),
+    ((2, 1, 5, (3, 7, 2)), "own"),
+    ((1, 3, 37, (6, 5, 5, 2)), "mirrored"),
+    ((2, 2, 21, (8, 5, 5, 3)), "own"),
+    ((1, 2, 70, (36, 17, 17, 1)), "mirrored"),
+    ((1, 1, 65, (10, 32, 32, 32, 3)), "shared"),
+    ((1, 1, 33, (6, 64, 64, 17)), "mirrored"),
+    ((1, 1, 20, (4, 128, 128, 3)), "shared"),
+    ((1, 1, 9, (2, 256, 1)), "mirrored"),
+]  # B, K, N, widths
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """Leave out what the interpreter repeats at every call of a device function: its changes to the language hold."""
+    function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    whole = function.__call__
+
+    def call(self, *args, **kwargs):
+        ours = self.fn.__module__.startswith("vamoh.")
+        return self.rewrite()(*args, **kwargs) if ours else whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(function, "__call__", call)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def device(request, monkeypatch) -> str:
+    """Where the kernels run: "cpu" is the interpreter, for which the backend is registered here."""
+    monkeypatch.setenv("VAMOH_TRITON_PRECISION", "ieee")
+    if request.param == "cpu":
+        if "TRITON_INTERPRET" not in os.environ:
+            pytest.skip("kernels are compiled in this process: there is a CUDA device")
+        float32 = (torch.float32,)
+        for op in OPS:
+            triton = _backend.Implementation("triton", ("cpu",), float32, lambda: None)
+            monkeypatch.setitem(_backend._REGISTRY, op, [triton, *_backend._REGISTRY[op][1:]])
+    return request.param
+
+
+def case(
+    b: int, k: int, n: int, widths: tuple[int, ...], features: str = "shared"
+) -> tuple[list[Tensor], Tensor | None]:
+    """theta, features, values, weights, scale in float32, and the mirror; features "shared", "own" or "mirrored".
+
+    Opposite points lie anywhere; some have none, one is opposite to itself. Some values are 0 or 1, some weights 0.
+    """
+    g = np.random.default_rng([b, k, n, *widths])
+    x, mirror = g.normal(size=(b, n, widths[0]) if features == "own" else (n, widths[0])), None
+    if features == "mirrored":
+        mirror, half = np.full(n, -1), widths[0] // 2
+        order = g.permutation(n)[: n - n // 10]
+        if len(order) % 2:
+            x[order[-1], half:] = 0
+            mirror[order[-1]] = order[-1]
+        for i, j in order[: len(order) // 2 * 2].reshape(-1, 2):
+            mirror[i], mirror[j] = j, i
+            x[j] = np.concatenate([x[i, :half], -x[i, half:]])
+        mirror = torch.from_numpy(mirror)
+    values = g.random((b, n, widths[-1]))
+    values[g.random(values.shape) < 0.2] = 0.0
+    values[g.random(values.shape) < 0.2] = 1.0
+    arrays = [
+        g.normal(size=(b, k, packed_size(widths))) / np.sqrt(max(widths)),
+        x,
+        values,
+        g.dirichlet(np.ones(k), (b, n)).transpose(0, 2, 1) * (g.random((b, 1, n)) < 0.8),
+        g.uniform(0.05, 0.5, (k, widths[-1])),
+    ]
+    return [torch.from_numpy(a).float().contiguous() for a in arrays], mirror
+
+
+def expected(
+    arguments: list[Tensor],
+    inr: Inr,
+    kind: Likelihood,
+    mirror: Tensor | None,
+    backend: str,
+    mask: Tensor | None = None,
+) -> list[Tensor]:
+    """Value, log-likelihoods, gradients of theta and scale."""
+    op = torch.ops.vamoh.inr_mixture_expected_log_likelihood
+    return list(op(*arguments, mask, mirror, list(inr.widths), *inr[1:], *kind, backend))
+
+
+def distance(result: Tensor, exact: Tensor) -> float:
+    """‖result - exact‖ / ‖exact‖, 0 where both vanish."""
+    assert result.shape == exact.shape
+    result, exact = result.detach().cpu(), exact.detach()
+    return float((result.double() - exact).norm() / exact.norm()) if exact.any() else float(result.any())
+
+
+def to(device: str, arguments: list[Tensor], mirror: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    return [t.to(device) for t in arguments], None if mirror is None else mirror.to(device)
+
+
+def check(size: tuple, features: str, inr: Inr, kind: Likelihood, device: str, tolerance: float = 1e-5) -> None:
+    """All ops, and the gradients they have, against the reference in float64."""
+    arguments, mirror = case(*size, features)
+    exact = [t.double() for t in arguments]
+    (theta, x, values, weights, scale), mirror = to(device, arguments, mirror)
+
+    results = expected([theta, x, values, weights, scale], inr, kind, mirror, "triton")
+    exact_results = expected(exact, inr, kind, None, "reference")
+    assert max(map(distance, results, exact_results)) <= tolerance
+    log_p = inr_mixture_log_likelihood(theta, x, values, scale, inr, kind, mirror=mirror, backend="triton")
+    assert distance(log_p, exact_results[1]) <= tolerance
+
+    leaf, exact_leaf = theta.clone().requires_grad_(), exact[0].clone().requires_grad_()
+    out, exact_out = (
+        inr_mixture(leaf, x, inr, mirror=mirror, backend="triton"),
+        inr_mixture_reference(exact_leaf, exact[1], inr),
+    )
+    assert distance(out, exact_out) <= tolerance
+    incoming = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+    exact_gradient = torch.autograd.grad(exact_out, exact_leaf, incoming)[0]
+    assert distance(torch.autograd.grad(out, leaf, incoming.float().to(device))[0], exact_gradient) <= tolerance
+
+    for points in [size[2], 1][: 1 + (size[2] < 10)]:
+        log_pi = torch.linspace(-3, 0, size[0] * size[1] * points).sin().view(size[0], size[1], points).log_softmax(1)
+        means = inr_mixture_mean(theta, x, log_pi.to(device), inr, kind, mirror=mirror, backend="triton")
+        exact_means = inr_mixture_mean_reference(exact[0], exact[1], log_pi.double(), inr, kind)
+        assert max(map(distance, means, exact_means)) <= tolerance
+
+
+@pytest.mark.parametrize(("size", "features"), SIZES, ids=str)
+def test_matches_float64(size, features, device):
+    i = [s for s, _ in SIZES].index(size)
+    check(size, features, Inr(size[3], *ACTIVATIONS[i // 2 % 4], 1.5), LIKELIHOODS[i % 4], device)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+def test_every_likelihood_and_depth(kind, layers, device):
+    widths = (4, *[6] * layers, 2)
+    inr = Inr(widths, *ACTIVATIONS[(layers + LIKELIHOODS.index(kind)) % 4], 1.5)
+    arguments, mirror = case(1, 1, 7, widths, "mirrored" if layers % 2 else "shared")
+    there, mirror = to(device, arguments, mirror)
+    result = expected(there, inr, kind, mirror, "triton")
+    assert max(map(distance, result, expected([t.double() for t in arguments], inr, kind, None, "reference"))) <= 1e-5
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precisions(monkeypatch, precision, device):
+    """The interpreter has exact float32 products but for bf16; kinks of a ReLU would hide rounding in the gradients."""
+    monkeypatch.setenv("VAMOH_TRITON_PRECISION", precision)
+    tolerance = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 5e-3, "bf16": 5e-2}[precision]
+    size, inr = (1, 1, 40, (8, 16, 16, 2)), Inr((8, 16, 16, 2), "sine", omega=1.0)
+    check(size, "shared", inr, LIKELIHOODS[0], device, tolerance)
+    if precision == "bf16":
+        with pytest.raises(AssertionError):
+            check(size, "shared", inr, LIKELIHOODS[0], device, 1e-4)
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+def test_extreme_outputs_and_scales(kind, scale, device):
+    """Outputs far beyond saturation, at 0 and next to 0, and values at both ends."""
+    logits = torch.tensor([-2e4, -90.0, -20.0, -1.0, -1e-3, 0.0, 1e-4, 0.49, 0.51, 15.0, 80.0, 3e3]).repeat(3)
+    values = torch.tensor([0.0, 0.37, 1.0]).repeat_interleave(12)[None, :, None]
+    theta, weights = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]]), torch.ones(1, 1, 36)  # passes its feature on, at slope 1
+    arguments = [theta, logits[:, None], values, weights, torch.tensor([[scale]])]
+    inr = Inr((1, 1, 1), slope=1.0)
+    result = expected(to(device, arguments, None)[0], inr, kind, None, "triton")
+    assert all(t.isfinite().all() for t in result)
+    for a, b, unit in zip(
+        result,
+        expected([t.double() for t in arguments], inr, kind, None, "reference"),
+        (1, 1, 1, 1 / scale),
+        strict=True,
+    ):  # saturated: next to nothing
+        assert (a.cpu().double() - b).norm() <= 1e-5 * (b.norm() + unit)
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
+def test_means_next_to_the_ends(kind, device):
+    """What is left of a value of 1 less a mean of 0.9996 decides the gradient."""
+    logits, values = torch.tensor([7.0, 7.5, 8.0, -7.0, -7.5, -8.0]), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    logits *= 1.5 if kind.kind == "bernoulli" else 1  # a logistic loses those digits in any form
+    theta = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])
+    arguments = [theta, logits[:, None], values[None, :, None], torch.ones(1, 1, 6), torch.tensor([[1e-3]])]
+    inr = Inr((1, 1, 1), slope=1.0)
+    result = expected(to(device, arguments, None)[0], inr, kind, None, "triton")
+    exact = expected([t.double() for t in arguments], inr, kind, None, "reference")
+    assert max(map(distance, result, exact)) <= 1e-5
+
+
+@pytest.mark.parametrize("features", ["shared", "mirrored"])
+def test_shares_of_the_points(features, device):
+    """Several tiles per share, several shares per network, and the same bits each time."""
+    size, inr = (1, 1, 1100, (4, 5, 2)), Inr((4, 5, 2))
+    module = importlib.import_module("vamoh.kernels.inr_mixture")
+    arguments, mirror = case(*size, features)
+    there, mirror = to(device, arguments, mirror)
+    chosen = module._Call(*there[:2], mirror, *inr, "ieee").plan("expected")
+    assert chosen.splits > 1
+    if device == "cpu":
+        assert chosen.tiles > chosen.splits
+    result = expected(there, inr, LIKELIHOODS[0], mirror, "triton")
+    exact = expected([t.double() for t in arguments], inr, LIKELIHOODS[0], None, "reference")
+    assert max(map(distance, result, exact)) <= 1e-5
+    assert all(map(torch.equal, result, expected(there, inr, LIKELIHOODS[0], mirror, "triton")))
+
+
+def test_shares_of_the_components(device):
+    """Few points and functions: components run side by side."""
+    check((1, 7, 3, (4, 5, 2)), "mirrored", Inr((4, 5, 2)), LIKELIHOODS[0], device)
+
+
+@pytest.mark.parametrize("size", [(0, 2, 3), (2, 2, 0)], ids=str)
+def test_empty(size, device):
+    arguments, _ = case(2, 2, 3, (4, 5, 2))
+    b, k, n = size
+    theta, x, values, weights, scale = to(device, arguments, None)[0]
+    cut = [theta[:b], x[:n], values[:b, :n], weights[:b, :, :n], scale]
+    value, log_p, grad_theta, grad_scale = expected(cut, Inr((4, 5, 2)), LIKELIHOODS[0], None, "triton")
+    assert not value.any() and not grad_theta.any() and not grad_scale.any()
+    assert value.shape == (b,) and log_p.shape == size and grad_theta.shape == cut[0].shape
+    assert inr_mixture(*cut[:2], Inr((4, 5, 2)), backend="triton").shape == (*size, 2)
+    means = inr_mixture_mean(*cut[:2], cut[3], Inr((4, 5, 2)), LIKELIHOODS[0], backend="triton")
+    assert [m.shape for m in means] == [(b, n, 2)] * 2
+
+
+@pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
+def test_strided_arguments(features, device):
+    arguments, mirror = case(2, 2, 9, (8, 5, 2), features)
+    arguments, mirror = to(device, arguments, mirror)
+    strided = [t.mT.contiguous().mT for t in arguments]
+    inr, kind = Inr((8, 5, 2)), LIKELIHOODS[0]
+    plain = expected(arguments, inr, kind, mirror, "triton")
+    for theta in (strided[0], arguments[0].transpose(0, 1).contiguous().transpose(0, 1)):
+        result = expected([theta, *strided[1:]], inr, kind, mirror, "triton")
+        assert result[2].stride() == torch.empty_like(theta).stride()
+        assert all(map(torch.equal, result, plain))
+    once = arguments[1][:1].expand(2, -1, -1) if features == "own" else None
+    if once is not None:
+        whole = inr_mixture(arguments[0], once.contiguous(), inr, backend="triton")
+        assert torch.equal(inr_mixture(arguments[0], once, inr, backend="triton"), whole)
+
+
+@pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
+def test_what_is_hidden_plays_no_part(features, device):
+    arguments, mirror = case(2, 2, 9, (4, 5, 2), features)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 0, 1, 1], [0, 0, 1, 0, 1, 1, 1, 1, 0]]).bool()
+    theta, x, values, weights, scale = arguments
+    x.masked_fill_(~(mask if features == "own" else mask.any(0))[..., None], torch.nan)
+    values.masked_fill_(~mask[..., None], torch.nan)
+    weights.masked_fill_(~mask[:, None], torch.nan)
+    inr, kind = Inr((4, 5, 2)), LIKELIHOODS[0]
+    exact = expected([t.double() for t in arguments], inr, kind, None, "reference", mask)
+    assert exact[0].isfinite().all() and not exact[1][~mask[:, None].expand(2, 2, 9)].any()
+    (theta, x, values, weights, scale), mirror = to(device, arguments, mirror)
+    hidden = mask.to(device)
+    result = expected([theta, x, values, weights, scale], inr, kind, mirror, "triton", hidden)
+    assert max(map(distance, result, exact)) <= 1e-5
+    options = {"mask": hidden, "mirror": mirror, "backend": "triton"}
+    assert distance(inr_mixture_log_likelihood(theta, x, values, scale, inr, kind, **options), exact[1]) <= 1e-5
+
+
+def test_gradients_through_autograd(device):
+    arguments, mirror = case(2, 2, 9, (4, 5, 2), "mirrored")
+    inr, kind = Inr((4, 5, 2)), LIKELIHOODS[0]
+    results = []
+    for backend, tensors, m in (
+        ("triton", *to(device, arguments, mirror)),
+        ("reference", [t.double() for t in arguments], None),
+    ):
+        theta, x, values, weights, scale = tensors
+        leaves = [t.clone().requires_grad_() for t in (theta, weights, scale)]
+        value, _ = inr_mixture_expected_log_likelihood(
+            leaves[0], x, values, leaves[1], leaves[2], inr, kind, mirror=m, backend=backend
+        )
+        incoming = torch.tensor([-1.0, 2.0], dtype=value.dtype, device=value.device)
+        results.append(torch.autograd.grad(value, leaves, incoming))
+    assert max(map(distance, *results)) <= 1e-5
+
+
+def test_means_of_equally_probable_components(device):
+    theta = torch.tensor([[[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 2.0]]])  # constants 1 and 2
+    for log_pi, first in ((torch.full((1, 2, 3), 0.5).log(), 1.0), (torch.full((1, 2, 3), -torch.inf), 1.0)):
+        x = torch.zeros(3, 1, device=device)
+        mean, mean_map = inr_mixture_mean(
+            theta.to(device), x, log_pi.to(device), Inr((1, 1, 1)), Likelihood("bernoulli"), backend="triton"
+        )
+        both = (log_pi.exp()[..., None] * torch.sigmoid(torch.tensor([1.0, 2.0]))[None, :, None, None]).sum(1)
+        torch.testing.assert_close(mean.cpu(), both)
+        torch.testing.assert_close(mean_map.cpu(), torch.sigmoid(torch.tensor(first)).expand(1, 3, 1))
+
+
+def test_a_mirror_that_changed_is_read_again(device):
+    arguments, mirror = to(device, *case(1, 1, 12, (4, 5, 1), "mirrored"))
+    first = inr_mixture(*arguments[:2], Inr((4, 5, 1)), mirror=mirror, backend="triton")
+    mirror.fill_(-1)
+    assert (
+        distance(inr_mixture(*arguments[:2], Inr((4, 5, 1)), mirror=mirror, backend="triton"), first.cpu().double())
+        <= 1e-5
+    )
+    mirror.fill_(5)
+    with pytest.raises(ValueError, match="inr_mixture: mirror must hold -1 or pairs"):
+        inr_mixture(*arguments[:2], Inr((4, 5, 1)), mirror=mirror, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((4, 2), "takes hidden layers of one width, at least one, got widths \\[4, 2\\]"),
+        ((4, 5, 6, 2), "takes hidden layers of one width, at least one, got widths \\[4, 5, 6, 2\\]"),
+        ((4, 5, 65), "takes at most 64 channels, got 65"),
+    ],
+)
+def test_networks_it_does_not_take_go_to_the_next_backend(widths, message, device):
+    theta, x = torch.ones(1, 1, packed_size(widths), device=device), torch.ones(3, widths[0], device=device)
+    assert refusal(widths) is not None
+    result = inr_mixture(theta, x, Inr(widths))
+    assert torch.equal(result, inr_mixture(theta, x, Inr(widths), backend="cpu" if device == "cpu" else "reference"))
+    with pytest.raises(ValueError, match=f"inr_mixture: backend 'triton' {message}"):
+        inr_mixture(theta, x, Inr(widths), backend="triton")
+
+
+def test_it_is_the_first_choice(monkeypatch, device):
+    module, calls = importlib.import_module("vamoh.kernels.inr_mixture"), []
+    monkeypatch.setattr(module, "outputs", lambda *_: calls.append(1) or torch.zeros(1, 1, 3, 2))
+    theta, x = torch.ones(1, 1, packed_size((4, 5, 2)), device=device), torch.ones(3, 4, device=device)
+    inr_mixture(theta, x, Inr((4, 5, 2)))
+    assert calls == [1]
+
+
+def test_mirror_is_on_the_device_of_theta(device):
+    theta, x = torch.ones(1, 1, 9, device=device), torch.ones(3, 2, device=device)
+    elsewhere = torch.zeros(3, dtype=torch.int64, device="meta")
+    with pytest.raises(TypeError, match=f"inr_mixture: mirror must be on {device}.*, got meta"):
+        inr_mixture(theta, x, Inr((2, 2, 1)), mirror=elsewhere)
+
+
+def test_unknown_precision(monkeypatch, device):
+    monkeypatch.setenv("VAMOH_TRITON_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="VAMOH_TRITON_PRECISION must be one of ieee, tf32x3, tf32, bf16, got 'fp8'"):
+        inr_mixture(
+            torch.ones(1, 1, 7, device=device), torch.ones(3, 1, device=device), Inr((1, 2, 1)), backend="triton"
+        )
+
+
+def test_status_says_why_it_cannot_run(monkeypatch, device):
+    _backend.triton_unavailable.cache_clear()
+    monkeypatch.undo()
+    rows = {row.op: row for row in status().rows if row.backend == "triton"}
+    assert set(rows) == set(OPS)
+    if not torch.cuda.is_available():
+        assert {row.reason for row in rows.values()} == {"no CUDA device"}
+        with pytest.raises(ValueError, match="backend 'triton' takes tensors on cuda, got cpu"):
+            inr_mixture(torch.ones(1, 1, 7), torch.ones(3, 1), Inr((1, 2, 1)), backend="triton")
+    else:
+        assert status().triton["precision"] == "tf32x3"
+
+
+def test_import_does_not_load_triton():
+    script = """
+import sys, torch
+before = "triton" in sys.modules
+import vamoh, vamoh.kernels, vamoh.kernels.inr_mixture_plan
+from vamoh.ops.inr_mixture import Inr, inr_mixture
+inr_mixture(torch.ones(1, 1, 7), torch.ones(3, 1), Inr((1, 2, 1)))
+assert before or "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
