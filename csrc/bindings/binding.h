@@ -1,5 +1,5 @@
-// What the bindings of all ops share: raw addresses and sizes come in, and a thread count or a CUDA stream; no torch, no
-// checks of user input.
+// What the bindings of all ops share: raw addresses and sizes come in, and a thread count or a CUDA stream; no torch,
+// no checks of user input.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -18,6 +18,6 @@ void fourier_features(uintptr_t coords, uintptr_t frequencies, uintptr_t out, in
 }  // namespace
 
 void bind_fourier_features(py::module_& m) {
-  m.def("fourier_features", &fourier_features, py::kw_only(), py::arg("coords"), py::arg("frequencies"),
-        py::arg("out"), py::arg("points"), py::arg("dims"), py::arg("count"), py::arg("threads"), py::arg("isa"));
+  m.def("fourier_features", &fourier_features, py::kw_only(), py::arg("coords"), py::arg("frequencies"), py::arg("out"),
+        py::arg("points"), py::arg("dims"), py::arg("count"), py::arg("threads"), py::arg("isa"));
 }

@@ -36,9 +36,17 @@ void gating_coords_backward(uintptr_t encoded, const std::vector<uintptr_t>& gra
 vamoh::GatingNet gating_net(uintptr_t coords, bool shared, uintptr_t shift, uintptr_t values, uintptr_t parameters,
                             const std::vector<int64_t>& widths, int64_t batch, int64_t count, int64_t channels,
                             float slope, bool bounded) {
-  return {at<const float>(coords),     shared, at<const float>(shift), at<const float>(values),
-          at<const float>(parameters), widths, batch,                  count,
-          channels,                    slope,  bounded};
+  return {at<const float>(coords),
+          shared,
+          at<const float>(shift),
+          at<const float>(values),
+          at<const float>(parameters),
+          widths,
+          batch,
+          count,
+          channels,
+          slope,
+          bounded};
 }
 
 void gating(const vamoh::GatingNet& net, uintptr_t log_p, int threads, const std::string& isa) {

@@ -12,8 +12,15 @@ namespace {
 using Addresses = std::array<uintptr_t, 6>;
 
 vamoh::PlanarFlow planar_flow(const Addresses& a, int64_t layers, int64_t latent, float slope) {
-  return {at<const float>(a[0]), at<const float>(a[1]), at<const float>(a[2]), at<const float>(a[3]),
-          at<const float>(a[4]), at<const float>(a[5]), layers, latent, slope};
+  return {at<const float>(a[0]),
+          at<const float>(a[1]),
+          at<const float>(a[2]),
+          at<const float>(a[3]),
+          at<const float>(a[4]),
+          at<const float>(a[5]),
+          layers,
+          latent,
+          slope};
 }
 
 vamoh::PlanarFlowGradient planar_flow_gradient(const Addresses& a) {
@@ -52,10 +59,10 @@ void planar_flow_expected_log_prob(const Addresses& flow, uintptr_t mean, uintpt
                                    int threads, const std::string& isa) {
   const vamoh::Isa chosen = vamoh::parse_isa(isa);
   const py::gil_scoped_release unlocked;
-  vamoh::planar_flow_expected_log_prob(
-      planar_flow(flow, layers, latent, slope), at<const float>(mean), at<const float>(std), at<const float>(noise),
-      static_cast<uint64_t>(seed), at<float>(value), at<float>(grad_mean), at<float>(grad_std),
-      planar_flow_gradient(gradient), batch, samples, threads, chosen);
+  vamoh::planar_flow_expected_log_prob(planar_flow(flow, layers, latent, slope), at<const float>(mean),
+                                       at<const float>(std), at<const float>(noise), static_cast<uint64_t>(seed),
+                                       at<float>(value), at<float>(grad_mean), at<float>(grad_std),
+                                       planar_flow_gradient(gradient), batch, samples, threads, chosen);
 }
 
 void counter_noise(int64_t seed, uintptr_t out, int64_t samples, int64_t batch, int64_t latent,
@@ -69,8 +76,7 @@ void counter_noise(int64_t seed, uintptr_t out, int64_t samples, int64_t batch, 
 
 void bind_planar_flow(py::module_& m) {
   m.def("planar_flow_log_prob", &planar_flow_log_prob, py::kw_only(), py::arg("flow"), py::arg("z"), py::arg("out"),
-        py::arg("samples"), py::arg("layers"), py::arg("latent"), py::arg("slope"), py::arg("threads"),
-        py::arg("isa"));
+        py::arg("samples"), py::arg("layers"), py::arg("latent"), py::arg("slope"), py::arg("threads"), py::arg("isa"));
   m.def("planar_flow_log_prob_backward", &planar_flow_log_prob_backward, py::kw_only(), py::arg("flow"), py::arg("z"),
         py::arg("grad"), py::arg("grad_z"), py::arg("gradient"), py::arg("samples"), py::arg("layers"),
         py::arg("latent"), py::arg("slope"), py::arg("threads"), py::arg("isa"));

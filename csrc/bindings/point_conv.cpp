@@ -31,21 +31,21 @@ void point_conv_backward(uintptr_t grad, uintptr_t out, uintptr_t features, uint
                          float slope, int threads, const std::string& isa) {
   const vamoh::Isa chosen = vamoh::parse_isa(isa);
   const py::gil_scoped_release unlocked;
-  vamoh::point_conv_backward(at<const float>(grad), at<const float>(out),
-                             {at<const float>(features), at<const int64_t>(neighbors), at<const float>(weights),
-                              at<const float>(linear_weight), nullptr},
-                             {at<float>(grad_features), at<float>(grad_weights), at<float>(grad_linear_weight),
-                              at<float>(grad_linear_bias)},
-                             point_conv_sizes(sizes, shared), slope, threads, chosen);
+  vamoh::point_conv_backward(
+      at<const float>(grad), at<const float>(out),
+      {at<const float>(features), at<const int64_t>(neighbors), at<const float>(weights),
+       at<const float>(linear_weight), nullptr},
+      {at<float>(grad_features), at<float>(grad_weights), at<float>(grad_linear_weight), at<float>(grad_linear_bias)},
+      point_conv_sizes(sizes, shared), slope, threads, chosen);
 }
 
 void neighbor_mean(uintptr_t source, uintptr_t neighbors, uintptr_t out, Numbers7 sizes, bool shared, bool backward,
                    int threads, const std::string& isa) {
   const vamoh::Isa chosen = vamoh::parse_isa(isa);
   const py::gil_scoped_release unlocked;
-  (backward ? vamoh::neighbor_mean_backward : vamoh::neighbor_mean)(
-      at<const float>(source), at<const int64_t>(neighbors), at<float>(out), point_conv_sizes(sizes, shared), threads,
-      chosen);
+  (backward ? vamoh::neighbor_mean_backward : vamoh::neighbor_mean)(at<const float>(source),
+                                                                    at<const int64_t>(neighbors), at<float>(out),
+                                                                    point_conv_sizes(sizes, shared), threads, chosen);
 }
 
 using Numbers5 = std::array<int64_t, 5>;
@@ -59,8 +59,8 @@ void neighbor_difference(uintptr_t table, uintptr_t neighbors, uintptr_t centroi
   const vamoh::Isa chosen = vamoh::parse_isa(isa);
   const py::gil_scoped_release unlocked;
   vamoh::neighbor_difference(at<const float>(table), at<const int64_t>(neighbors), at<const int64_t>(centroids),
-                             at<const float>(bias), at<float>(out),
-                             difference_sizes(sizes, table_shared, index_shared), threads, chosen);
+                             at<const float>(bias), at<float>(out), difference_sizes(sizes, table_shared, index_shared),
+                             threads, chosen);
 }
 
 void neighbor_difference_backward(uintptr_t grad, uintptr_t neighbors, uintptr_t centroids, uintptr_t grad_table,
@@ -68,8 +68,8 @@ void neighbor_difference_backward(uintptr_t grad, uintptr_t neighbors, uintptr_t
                                   int threads, const std::string& isa) {
   const vamoh::Isa chosen = vamoh::parse_isa(isa);
   const py::gil_scoped_release unlocked;
-  vamoh::neighbor_difference_backward(at<const float>(grad), at<const int64_t>(neighbors),
-                                      at<const int64_t>(centroids), at<float>(grad_table), at<float>(grad_bias),
+  vamoh::neighbor_difference_backward(at<const float>(grad), at<const int64_t>(neighbors), at<const int64_t>(centroids),
+                                      at<float>(grad_table), at<float>(grad_bias),
                                       difference_sizes(sizes, table_shared, index_shared), threads, chosen);
 }
 

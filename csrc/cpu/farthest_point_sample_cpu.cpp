@@ -21,7 +21,10 @@ struct Kernel {
 
 template <class T>
 Kernel<T> kernel(Isa isa) {
-#define VAMOH_TABLE(isa) {&isa::pack_panels<T, isa::panel_width<T>()>, &isa::sample<T>, &isa::sample_by_table<T>}
+#define VAMOH_TABLE(isa)                                                                   \
+  {                                                                                        \
+    &isa::pack_panels<T, isa::panel_width<T>()>, &isa::sample<T>, &isa::sample_by_table<T> \
+  }
 #if VAMOH_X86
   if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
   if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
@@ -98,9 +101,9 @@ void farthest_point_sample_by_table(const int64_t* coords, int64_t coords_step, 
                     });
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                         \
+#define VAMOH_INSTANTIATE(T)                                                                                        \
   template void farthest_point_sample(const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t, int64_t, \
-                                      int64_t, int, Isa);                                                            \
+                                      int64_t, int, Isa);                                                           \
   template void farthest_point_sample_by_table(const int64_t*, int64_t, const T*, int64_t, const bool*, int64_t,    \
                                                int64_t*, int64_t, int64_t, int64_t, int, Isa);
 VAMOH_INSTANTIATE(float)

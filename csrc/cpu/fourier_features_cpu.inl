@@ -36,8 +36,8 @@ inline void encode_point(const float* x, const float* frequencies, int64_t padde
   }
 }
 
-void encode(const float* coords, const float* frequencies, int64_t padded, int64_t points, int64_t dims,
-            int64_t count, float* out) {
+void encode(const float* coords, const float* frequencies, int64_t padded, int64_t points, int64_t dims, int64_t count,
+            float* out) {
   for (int64_t n = 0; n < points; ++n)
     encode_point(coords + n * dims, frequencies, padded, dims, count, out + n * 2 * count, out + n * 2 * count + count);
 }

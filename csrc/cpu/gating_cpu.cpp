@@ -9,9 +9,9 @@
 
 namespace {
 
-// A network as the kernels see it. A slot holds what one tile of points needs, in panels: the offsets, in floats, of the
-// values, of every layer's input, of the gradient of every layer's output (grads_at[0]: the first layer's) and of spare
-// rows.
+// A network as the kernels see it. A slot holds what one tile of points needs, in panels: the offsets, in floats, of
+// the values, of every layer's input, of the gradient of every layer's output (grads_at[0]: the first layer's) and of
+// spare rows.
 struct GatingTile {
   const float* const* weights;
   const float* const* biases;
@@ -35,9 +35,9 @@ namespace vamoh {
 namespace {
 
 constexpr int64_t kTile = portable::kPanel;
-constexpr int64_t kWidestVector = 16;  // floats
-constexpr int64_t kParts = 32;        // of a sum, added up in order; at most so many threads share the work
-constexpr int64_t kCoordsParts = 16;  // the same, for the larger sums of gating_coords_backward
+constexpr int64_t kWidestVector = 16;     // floats
+constexpr int64_t kParts = 32;            // of a sum, added up in order; at most so many threads share the work
+constexpr int64_t kCoordsParts = 16;      // the same, for the larger sums of gating_coords_backward
 constexpr int64_t kSlotFloats = 3 << 15;  // of slots filled before their products are taken
 constexpr int64_t kMostSlots = 12;
 constexpr int64_t kKlPoints = 4096;  // of one task
@@ -54,10 +54,10 @@ struct Kernel {
   decltype(&portable::kl_grad_rows) kl_grad;
 };
 
-#define VAMOH_TABLE(isa)                                                                                          \
-  Kernel {                                                                                                        \
-    &isa::coords_tile, &isa::coords_weight_tile, &isa::load_rows, &isa::store_rows, &isa::gating_tile,            \
-        &isa::gating_backward_tile, &isa::gating_parameters, &isa::kl_rows, &isa::kl_grad_rows                    \
+#define VAMOH_TABLE(isa)                                                                               \
+  Kernel {                                                                                             \
+    &isa::coords_tile, &isa::coords_weight_tile, &isa::load_rows, &isa::store_rows, &isa::gating_tile, \
+        &isa::gating_backward_tile, &isa::gating_parameters, &isa::kl_rows, &isa::kl_grad_rows         \
   }
 
 Kernel kernel(Isa isa) {
@@ -106,8 +106,19 @@ struct Layout {
     inputs_at.push_back(0);
     for (int64_t width : net.widths) grads_at.push_back(rows(width));
     const int64_t values_at = rows(net.channels), spare_at = rows(std::max(2 * net.widths.back(), net.channels));
-    tile = {weights.data(), biases.data(), net.parameters, net.widths.data(), layers,    net.channels,
-            net.slope,      net.bounded,   inputs_at.data(), grads_at.data(), values_at, spare_at, at};
+    tile = {weights.data(),
+            biases.data(),
+            net.parameters,
+            net.widths.data(),
+            layers,
+            net.channels,
+            net.slope,
+            net.bounded,
+            inputs_at.data(),
+            grads_at.data(),
+            values_at,
+            spare_at,
+            at};
   }
   Layout(const Layout&) = delete;
 };
@@ -266,9 +277,9 @@ void categorical_kl(const float* log_q, const float* log_p, bool uniform, const 
   const Buffer<double> sums = allocate<double>(batch * parts);
   ThreadPool::get().run(batch * parts, threads, [&](int64_t task, int) {
     const int64_t b = task / parts, n = task % parts * kKlPoints, at = b * components * count + n;
-    sums[task] = run.kl(log_q + at, log_p + (uniform ? b * components : at), uniform, p_step,
-                        mask ? mask + b * mask_step + n : nullptr, q + at, components, std::min(kKlPoints, count - n),
-                        count);
+    sums[task] =
+        run.kl(log_q + at, log_p + (uniform ? b * components : at), uniform, p_step,
+               mask ? mask + b * mask_step + n : nullptr, q + at, components, std::min(kKlPoints, count - n), count);
   });
   for (int64_t b = 0; b < batch; ++b) {
     double total = 0;

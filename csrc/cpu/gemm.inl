@@ -92,12 +92,16 @@ inline void panel_rows(const float* a, int64_t a_row, int64_t a_step, const floa
 void panel_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
                    int64_t count, int64_t lane, int64_t width, const Sums& sums) {
   switch (width / kLanes) {
-    case 1: return panel_rows<kTall<1>, 1>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+    case 1:
+      return panel_rows<kTall<1>, 1>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
 #if VAMOH_VECTOR_BITS == 512
-    case 2: return panel_rows<kTall<2>, 2>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
-    case 3: return panel_rows<kTall<3>, 3>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+    case 2:
+      return panel_rows<kTall<2>, 2>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+    case 3:
+      return panel_rows<kTall<3>, 3>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
 #endif
-    default: return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+    default:
+      return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
   }
 }
 

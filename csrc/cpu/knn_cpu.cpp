@@ -24,7 +24,10 @@ struct Kernel {
 
 template <class T>
 Kernel<T> kernel(Isa isa) {
-#define VAMOH_TABLE(isa) {&isa::pack_panels<T, isa::panel_width<T>()>, &isa::search<T>, &isa::search_by_table<T>}
+#define VAMOH_TABLE(isa)                                                                   \
+  {                                                                                        \
+    &isa::pack_panels<T, isa::panel_width<T>()>, &isa::search<T>, &isa::search_by_table<T> \
+  }
 #if VAMOH_X86
   if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
   if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
@@ -121,9 +124,9 @@ void knn_by_table(const int64_t* points, int64_t points_step, const int64_t* que
       });
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                          \
+#define VAMOH_INSTANTIATE(T)                                                                                         \
   template void knn(const T*, int64_t, const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t, int64_t, \
-                    int64_t, int64_t, int, Isa);                                                                      \
+                    int64_t, int64_t, int, Isa);                                                                     \
   template void knn_by_table(const int64_t*, int64_t, const int64_t*, int64_t, const T*, int64_t, const bool*,       \
                              int64_t, int64_t*, int64_t, int64_t, int64_t, int64_t, int, Isa);
 VAMOH_INSTANTIATE(float)

@@ -22,8 +22,7 @@ inline void insert(T* distances, int64_t* positions, int64_t size, T distance, i
 
 // Puts those of a panel's distances, of points from `first` to n, that are below the last of a list into it.
 template <class T>
-inline void insert_near(const T* found, int64_t first, int64_t n, int64_t neighbors, T* distances,
-                        int64_t* positions) {
+inline void insert_near(const T* found, int64_t first, int64_t n, int64_t neighbors, T* distances, int64_t* positions) {
   using V = typename Vector<T>::type;
   constexpr int lanes = Vector<T>::lanes;
   uint32_t near = 0;

@@ -19,8 +19,16 @@ struct Channel {
 };
 
 inline Channel channel_of(const PointLikelihood& likelihood, int64_t index) {
-  Channel channel{likelihood.kind, likelihood.open_ends, static_cast<float>(likelihood.half_bin),
-                  static_cast<float>(likelihood.epsilon), 1, 0, 0, 0, 0, false};
+  Channel channel{likelihood.kind,
+                  likelihood.open_ends,
+                  static_cast<float>(likelihood.half_bin),
+                  static_cast<float>(likelihood.epsilon),
+                  1,
+                  0,
+                  0,
+                  0,
+                  0,
+                  false};
   if (likelihood.kind != PointLikelihood::logistic) return channel;
   channel.scale = likelihood.scale[index];
   const double width = 2 * likelihood.half_bin / channel.scale;

@@ -1,5 +1,5 @@
-// Likelihoods of vectors of points, the formulas of vamoh/ops/likelihood.py. Needs simd.inl and likelihood.h. Included by the kernels,
-// once per instruction set.
+// Likelihoods of vectors of points, the formulas of vamoh/ops/likelihood.py. Needs simd.inl and likelihood.h. Included
+// by the kernels, once per instruction set.
 
 using vamoh::Channel;
 using vamoh::PointLikelihood;
@@ -76,8 +76,8 @@ struct ContinuousBernoulli {
     const Vi near = size < 0.5f;
     const V far = near ? splat(1.0f) : size;
     // logit / 2 + |logit| / 2 is max(logit, 0)
-    const V log_partition = near ? fma(logit, splat(0.5f), series)
-                                 : (logit > 0.0f ? logit : V{}) + log((1.0f - exp(-far)) / far);
+    const V log_partition =
+        near ? fma(logit, splat(0.5f), series) : (logit > 0.0f ? logit : V{}) + log((1.0f - exp(-far)) / far);
     return {y * logit - log_partition, y - mean_continuous_bernoulli(logit), V{}};
   }
 };

@@ -33,10 +33,10 @@ struct Kernel {
   decltype(&portable::linear_grad_bias) grad_bias;
 };
 
-#define VAMOH_LINEAR(isa)                                                                               \
-  Kernel {                                                                                              \
-    &isa::pack, &isa::pack_thin, &isa::linear_forward, &isa::linear_forward_thin, &isa::linear_grad_x,  \
-        &isa::linear_grad_weight, &isa::linear_grad_bias                                                \
+#define VAMOH_LINEAR(isa)                                                                              \
+  Kernel {                                                                                             \
+    &isa::pack, &isa::pack_thin, &isa::linear_forward, &isa::linear_forward_thin, &isa::linear_grad_x, \
+        &isa::linear_grad_weight, &isa::linear_grad_bias                                               \
   }
 Kernel kernel(Isa isa) {
 #if VAMOH_X86

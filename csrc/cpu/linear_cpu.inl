@@ -20,7 +20,7 @@ template <int O, int M>
 inline void thin_block(const float* weight, const float* bias, const float* x, int64_t in, float* out,
                        int64_t out_row) {
   V s[O][M] = {};
-  const auto add = [&](const V (&w)[O]) __attribute__((always_inline)) {
+  const auto add = [&](const V(&w)[O]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const V right = load(x + m * kLanes);
@@ -59,8 +59,7 @@ template <int O, int M>
 inline void thin_rows(const float* weight, const float* bias, const float* x, int64_t rows, int64_t in, float* out,
                       int64_t out_row) {
   const int64_t padded = (in + kLanes - 1) / kLanes * kLanes;
-  for (; rows >= M; rows -= M, x += M * padded, out += M * out_row)
-    thin_block<O, M>(weight, bias, x, in, out, out_row);
+  for (; rows >= M; rows -= M, x += M * padded, out += M * out_row) thin_block<O, M>(weight, bias, x, in, out, out_row);
   if constexpr (M > 1) thin_rows<O, M / 2>(weight, bias, x, rows, in, out, out_row);
 }
 

@@ -56,8 +56,7 @@ inline __attribute__((always_inline)) void product_rows(const float* a, int64_t 
   int64_t lane = 0;
   for (; lane + kBlock <= width; lane += kBlock)
     product_block<R, kColumns>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
-  for (; lane < width; lane += kLanes)
-    product_block<R, 1>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
+  for (; lane < width; lane += kLanes) product_block<R, 1>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
 }
 
 // For every row r < rows and lane < width (a multiple of kLanes, best of kBlock):
@@ -76,12 +75,18 @@ inline void product(const float* a, int64_t a_row, int64_t a_step, const float* 
   }
   a += r * a_row;
   switch (rows - r) {
-    case 1: return product_rows<1>(a, a_row, a_step, b, b_step, count, width, r, init, done);
-    case 2: return product_rows<2>(a, a_row, a_step, b, b_step, count, width, r, init, done);
-    case 3: return product_rows<3>(a, a_row, a_step, b, b_step, count, width, r, init, done);
-    case 4: return product_rows<4>(a, a_row, a_step, b, b_step, count, width, r, init, done);
-    case 5: return product_rows<5>(a, a_row, a_step, b, b_step, count, width, r, init, done);
-    default: return;
+    case 1:
+      return product_rows<1>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 2:
+      return product_rows<2>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 3:
+      return product_rows<3>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 4:
+      return product_rows<4>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    case 5:
+      return product_rows<5>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+    default:
+      return;
   }
 }
 
@@ -175,12 +180,18 @@ inline void dots(const float* a, int64_t a_panel, const float* b, int64_t b_pane
   a += r * kPanel;
   out += r * out_row;
   switch (rows - r) {
-    case 1: return dots_rows<1>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
-    case 2: return dots_rows<2>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
-    case 3: return dots_rows<3>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
-    case 4: return dots_rows<4>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
-    case 5: return dots_rows<5>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
-    default: return;
+    case 1:
+      return dots_rows<1>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 2:
+      return dots_rows<2>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 3:
+      return dots_rows<3>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 4:
+      return dots_rows<4>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    case 5:
+      return dots_rows<5>(a, a_panel, b, b_panel, panels, columns, out, out_row, lanes);
+    default:
+      return;
   }
 }
 

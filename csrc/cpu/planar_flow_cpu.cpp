@@ -67,18 +67,16 @@ struct Kernel {
 Kernel kernel(Isa isa) {
 #if VAMOH_X86
   if (isa == Isa::avx512)
-    return {&avx512::panel_values,   &avx512::panel_samples,         &avx512::panel_gradients,
-            &avx512::panel_products, &avx512::panel_input_gradients, &avx512::fill_noise,
-            &avx512::matrix_product, &avx512::sum_rows};
+    return {&avx512::panel_values,          &avx512::panel_samples, &avx512::panel_gradients, &avx512::panel_products,
+            &avx512::panel_input_gradients, &avx512::fill_noise,    &avx512::matrix_product,  &avx512::sum_rows};
   if (isa == Isa::avx2)
-    return {&avx2::panel_values,   &avx2::panel_samples,         &avx2::panel_gradients,
-            &avx2::panel_products, &avx2::panel_input_gradients, &avx2::fill_noise,
-            &avx2::matrix_product, &avx2::sum_rows};
+    return {&avx2::panel_values,          &avx2::panel_samples, &avx2::panel_gradients, &avx2::panel_products,
+            &avx2::panel_input_gradients, &avx2::fill_noise,    &avx2::matrix_product,  &avx2::sum_rows};
 #endif
   (void)isa;
-  return {&portable::panel_values,   &portable::panel_samples,         &portable::panel_gradients,
-            &portable::panel_products, &portable::panel_input_gradients, &portable::fill_noise,
-            &portable::matrix_product, &portable::sum_rows};
+  return {
+      &portable::panel_values,          &portable::panel_samples, &portable::panel_gradients, &portable::panel_products,
+      &portable::panel_input_gradients, &portable::fill_noise,    &portable::matrix_product,  &portable::sum_rows};
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -100,8 +98,15 @@ struct Prepared {
 struct Layout {
   int64_t hx, ey, he, negative, h, y, square, along, size;
   Layout(int64_t T, int64_t Z)
-      : hx(0), ey(T * Z), he(2 * T * Z), negative(he + T * T), h(negative + T), y(h + T), square(y + Z),
-        along(square + Z), size(along + Z) {}
+      : hx(0),
+        ey(T * Z),
+        he(2 * T * Z),
+        negative(he + T * T),
+        h(negative + T),
+        y(h + T),
+        square(y + Z),
+        along(square + Z),
+        size(along + Z) {}
 };
 
 Prepared prepare(const Kernel& k, const PlanarFlow& flow) {
@@ -159,7 +164,13 @@ struct Worker {
 
   Worker(const Kernel& kernel, const Prepared& p)
       : k(kernel),
-        layers{p.layers, p.latent, p.u.get(), p.gram.get(), p.positive.get(), p.negative.get(), p.positive_log.get(),
+        layers{p.layers,
+               p.latent,
+               p.u.get(),
+               p.gram.get(),
+               p.positive.get(),
+               p.negative.get(),
+               p.positive_log.get(),
                p.negative_log.get()},
         rows(round_up(p.latent, 4)) {
     const int64_t T = p.layers, Z = p.latent;
@@ -255,9 +266,8 @@ void add_up(const float* partial, int64_t count, int64_t size, float* out) {
 
 // Gradients of the parameters from the sums, times `factor`. n: sum of the weights; mean, std: of the samples or null.
 // product [T, width] is scratch.
-void parameter_gradients(const Kernel& k, const Prepared& p, const Layout& layout, float* sums,
-                         double n, double factor, const float* mean, const float* std, float* product,
-                         const PlanarFlowGradient& out) {
+void parameter_gradients(const Kernel& k, const Prepared& p, const Layout& layout, float* sums, double n, double factor,
+                         const float* mean, const float* std, float* product, const PlanarFlowGradient& out) {
   const int64_t T = p.layers, Z = p.latent, width = p.width;
   float* he = sums + layout.he;
   for (int64_t t = 0; t < T; ++t) {
@@ -361,8 +371,8 @@ void log_prob_backward(const Kernel& k, const PlanarFlow& flow, const float* z, 
   parameter_gradients(k, p, layout, sums, n, 1.0, nullptr, nullptr, workers[0].product.get(), gradient);
 }
 
-void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mean, const float* std,
-                       const float* noise, uint64_t seed, float* value, float* grad_mean, float* grad_std,
+void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mean, const float* std, const float* noise,
+                       uint64_t seed, float* value, float* grad_mean, float* grad_std,
                        const PlanarFlowGradient& gradient, int64_t batch, int64_t samples, int threads) {
   const Prepared p = prepare(k, flow);
   const int64_t T = flow.layers, Z = flow.latent, chunk = samples_per_task(samples), tasks = divide_up(samples, chunk);
@@ -392,8 +402,7 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
       };
       worker.look(flow, p, mean + b * Z, std + b * Z);
       if (differentiate) {
-        worker.accumulate(layout, here, nullptr, gradient.u, out, fill,
-                          [](int64_t, int64_t, const Panel&) {});
+        worker.accumulate(layout, here, nullptr, gradient.u, out, fill, [](int64_t, int64_t, const Panel&) {});
         return;
       }
       double total = 0;
@@ -437,8 +446,8 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
         }
       if (gradient.u)
         parameter_gradients(k, p, layout, sums, n, 1 / n, mean + b * Z, std + b * Z, workers[id].product.get(),
-                               {gradient.u + b * T * Z, gradient.gain + b * T, gradient.w + b * T * Z,
-                                gradient.b + b * T, gradient.loc + b * Z, gradient.log_scale + b * Z});
+                            {gradient.u + b * T * Z, gradient.gain + b * T, gradient.w + b * T * Z, gradient.b + b * T,
+                             gradient.loc + b * Z, gradient.log_scale + b * Z});
     });
   }
 }
@@ -449,8 +458,7 @@ void noise_rows(const Kernel& k, uint64_t seed, float* out, int64_t samples, int
     for (int64_t first = 0; first < samples; first += kWidth) {
       k.noise(seed, first, b, latent, panel.get());
       for (int64_t i = 0; i < std::min(kWidth, samples - first); ++i)
-        for (int64_t z = 0; z < latent; ++z)
-          out[((first + i) * batch + b) * latent + z] = panel[z * kWidth + i];
+        for (int64_t z = 0; z < latent; ++z) out[((first + i) * batch + b) * latent + z] = panel[z * kWidth + i];
     }
 }
 

@@ -97,8 +97,8 @@ inline __attribute__((always_inline)) void base_rows(const Layers& f, const View
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j)
-        y.at[r][j] = fma(splat(view.scale[z + r]), load(p.x + (z + r) * kPanel + lane + j * kLanes),
-                         splat(view.shift[z + r]));
+        y.at[r][j] =
+            fma(splat(view.scale[z + r]), load(p.x + (z + r) * kPanel + lane + j * kLanes), splat(view.shift[z + r]));
     multiply<R>(f.u + z, 1, f.latent, p.e + lane, kPanel, f.layers, y);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -120,14 +120,25 @@ inline __attribute__((always_inline)) void base_rows(const Layers& f, const View
   }
 }
 
-#define VAMOH_LAST_ROWS(function, rows, ...)      \
-  switch (rows) {                                 \
-    case 1: function<1>(__VA_ARGS__); break;      \
-    case 2: function<2>(__VA_ARGS__); break;      \
-    case 3: function<3>(__VA_ARGS__); break;      \
-    case 4: function<4>(__VA_ARGS__); break;      \
-    case 5: function<5>(__VA_ARGS__); break;      \
-    default: break;                               \
+#define VAMOH_LAST_ROWS(function, rows, ...) \
+  switch (rows) {                            \
+    case 1:                                  \
+      function<1>(__VA_ARGS__);              \
+      break;                                 \
+    case 2:                                  \
+      function<2>(__VA_ARGS__);              \
+      break;                                 \
+    case 3:                                  \
+      function<3>(__VA_ARGS__);              \
+      break;                                 \
+    case 4:                                  \
+      function<4>(__VA_ARGS__);              \
+      break;                                 \
+    case 5:                                  \
+      function<5>(__VA_ARGS__);              \
+      break;                                 \
+    default:                                 \
+      break;                                 \
   }
 
 inline void solve(const Layers& f, const View& view, const Panel& p) {

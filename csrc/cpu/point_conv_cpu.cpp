@@ -40,11 +40,11 @@ struct Kernel {
   decltype(&portable::sum_rows) sum_rows;
 };
 
-#define VAMOH_POINT_CONV(isa)                                                                          \
-  Kernel {                                                                                             \
-    &isa::contract, &isa::pack_transposed, &isa::pack_columns, &isa::forward_rows, &isa::activate,     \
-        &isa::begin_backward, &isa::grad_linear, &isa::backward_rows, &isa::spread, &isa::collect,     \
-        &isa::mean_rows, &isa::difference_rows, &isa::sum_rows                                         \
+#define VAMOH_POINT_CONV(isa)                                                                                       \
+  Kernel {                                                                                                          \
+    &isa::contract, &isa::pack_transposed, &isa::pack_columns, &isa::forward_rows, &isa::activate,                  \
+        &isa::begin_backward, &isa::grad_linear, &isa::backward_rows, &isa::spread, &isa::collect, &isa::mean_rows, \
+        &isa::difference_rows, &isa::sum_rows                                                                       \
   }
 Kernel kernel(Isa isa) {
 #if VAMOH_X86
@@ -63,16 +63,13 @@ int64_t channels_at_once(const PointConvSizes& s) {
   return std::max<int64_t>(std::min(s.channels, wanted), 1);
 }
 
-bool stored(const PointConvSizes& s) {
-  return s.batch * s.centroids <= kFewRows || s.channels * s.width == 0;
-}
+bool stored(const PointConvSizes& s) { return s.batch * s.centroids <= kFewRows || s.channels * s.width == 0; }
 
 // Calls work(first, last, worker) for blocks of [0, size).
 template <class Work>
 void in_blocks(int64_t size, int64_t step, int threads, const Work& work) {
-  ThreadPool::get().run(blocks(size, step), threads, [&](int64_t i, int worker) {
-    work(i * step, std::min((i + 1) * step, size), worker);
-  });
+  ThreadPool::get().run(blocks(size, step), threads,
+                        [&](int64_t i, int worker) { work(i * step, std::min((i + 1) * step, size), worker); });
 }
 
 // For every point the places that hold it in index [functions, pairs], in order: starts_of(b)[j] to
@@ -196,8 +193,11 @@ void point_conv_backward(const float* grad, const float* out, const PointConvInp
   const int64_t fitting = std::max<int64_t>(kPairs / std::max<int64_t>(reads, 1), 1);
   const int64_t group = wanted ? std::min(s.batch, fitting) : s.batch;
   const Buffer<float> pairs = allocate<float>(wanted ? group * reads : 0);
-  const Readers readers(in.neighbors, !wanted ? 0 : s.shared ? 1 : s.batch, s.points, s.centroids * s.neighbors,
-                        threads);
+  const Readers readers(in.neighbors,
+                        !wanted    ? 0
+                        : s.shared ? 1
+                                   : s.batch,
+                        s.points, s.centroids * s.neighbors, threads);
   // Shared weights gather their gradient from all functions in one task, in order.
   const int64_t functions = s.shared ? std::min(group, kRowsPerTask) : 1;
   const int64_t along = std::max<int64_t>(kRowsPerTask / functions, 1), stretches = blocks(s.centroids, along);
@@ -216,8 +216,7 @@ void point_conv_backward(const float* grad, const float* out, const PointConvInp
       for (int64_t b = first; b < last; ++b)
         for (int64_t m = m0; m < m1; ++m)
           run.spread(in, s, b * s.centroids + m, 0, s.channels, d.get() + (b * s.centroids + m) * inputs,
-                     gradients.weights,
-                     wanted ? read + (b - first) * reads + m * s.neighbors * s.channels : nullptr);
+                     gradients.weights, wanted ? read + (b - first) * reads + m * s.neighbors * s.channels : nullptr);
     };
     ThreadPool::get().run(s.shared ? stretches : (b1 - b0) * stretches, threads, [&](int64_t task, int worker) {
       const int64_t m0 = task % stretches * along, m1 = std::min(m0 + along, s.centroids);
@@ -240,14 +239,14 @@ void neighbor_mean(const float* features, const int64_t* neighbors, float* out, 
   const int64_t tasks = blocks(s.centroids, kPointsPerTask);
   ThreadPool::get().run(s.batch * tasks, threads, [&](int64_t task, int) {
     const int64_t b = task / tasks, m = task % tasks * kPointsPerTask;
-    run.mean_rows(features + b * s.points * s.channels,
-                  neighbors + (s.shared ? 0 : b * s.centroids * s.neighbors), s.neighbors, s.channels, m,
-                  std::min(m + kPointsPerTask, s.centroids), out + b * s.centroids * s.channels);
+    run.mean_rows(features + b * s.points * s.channels, neighbors + (s.shared ? 0 : b * s.centroids * s.neighbors),
+                  s.neighbors, s.channels, m, std::min(m + kPointsPerTask, s.centroids),
+                  out + b * s.centroids * s.channels);
   });
 }
 
-void neighbor_mean_backward(const float* grad, const int64_t* neighbors, float* grad_features,
-                            const PointConvSizes& s, int threads, Isa isa) {
+void neighbor_mean_backward(const float* grad, const int64_t* neighbors, float* grad_features, const PointConvSizes& s,
+                            int threads, Isa isa) {
   const Kernel run = kernel(isa);
   const Readers readers(neighbors, s.shared ? 1 : s.batch, s.points, s.centroids * s.neighbors, threads);
   const int64_t tasks = blocks(s.points, kPointsPerTask);
@@ -272,8 +271,7 @@ void neighbor_difference(const float* table, const int64_t* neighbors, const int
 }
 
 void neighbor_difference_backward(const float* grad, const int64_t* neighbors, const int64_t* centroids,
-                                  float* grad_table, float* grad_bias, const DifferenceSizes& s, int threads,
-                                  Isa isa) {
+                                  float* grad_table, float* grad_bias, const DifferenceSizes& s, int threads, Isa isa) {
   const Kernel run = kernel(isa);
   const int64_t pairs = s.centroids * s.neighbors, tasks = blocks(s.centroids, kPointsPerTask);
   const int64_t indices = s.index_shared ? 1 : s.batch;

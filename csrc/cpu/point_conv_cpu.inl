@@ -141,8 +141,7 @@ inline void weight_gradient(const float* points, int64_t channels, const int64_t
 #pragma GCC unroll 16
     for (int s = 0; s < S; ++s) store_part(to + s * width + lane, sums[s], width - lane);
   }
-  if constexpr (S > 1)
-    weight_gradient<S - 1>(points, channels, index, neighbors, d, count, width, lane, fresh, to);
+  if constexpr (S > 1) weight_gradient<S - 1>(points, channels, index, neighbors, d, count, width, lane, fresh, to);
 }
 
 // to[s][c] = sum_q d[c][q] * weights[s][q] for `count` channels; rows of `to` are `channels` apart.
@@ -152,8 +151,7 @@ inline void feature_gradient(const float* d, const float* weights, int64_t neigh
     for (int64_t q = 0; q == 0 || q < width; q += kLanes) {
       V t[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        t[i] = c + i < count ? load_part(d + (c + i) * width + q, width - q) : V{};
+      for (int i = 0; i < kLanes; ++i) t[i] = c + i < count ? load_part(d + (c + i) * width + q, width - q) : V{};
       transpose(t);
       const int64_t used = width - q < kLanes ? width - q : kLanes;
       for (int64_t s = 0; s < neighbors; ++s) {

@@ -58,9 +58,8 @@ struct ByTable {
 
 // One block per function. nearest [B, N]: squared distance to the nearest point taken; -1: cannot be taken.
 template <class Distance, class T = typename Distance::Value>
-__global__ void __launch_bounds__(kThreads, 1)
-    sample(Distance distance, const bool* mask, int64_t mask_step, T* nearest, int64_t* out, int64_t points,
-           int64_t samples) {
+__global__ void __launch_bounds__(kThreads, 1) sample(Distance distance, const bool* mask, int64_t mask_step,
+                                                      T* nearest, int64_t* out, int64_t points, int64_t samples) {
   __shared__ int64_t ranks[kThreads + 1];
   const int64_t b = blockIdx.x;
   nearest += b * points;
@@ -136,9 +135,9 @@ int farthest_point_sample_by_table_cuda(const int64_t* coords, int64_t coords_st
                     samples, run);
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                       \
-  template int farthest_point_sample_cuda(const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,     \
-                                          int64_t, int64_t, CudaRun&);                                             \
+#define VAMOH_INSTANTIATE(T)                                                                                         \
+  template int farthest_point_sample_cuda(const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,       \
+                                          int64_t, int64_t, CudaRun&);                                               \
   template int farthest_point_sample_by_table_cuda(const int64_t*, int64_t, const T*, int64_t, const bool*, int64_t, \
                                                    int64_t*, int64_t, int64_t, int64_t, CudaRun&);
 VAMOH_INSTANTIATE(float)

@@ -167,10 +167,10 @@ int knn_by_table_cuda(const int64_t* points, int64_t points_step, const int64_t*
                     out, batch, count, num_queries, neighbors, run);
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                          \
-  template int knn_cuda(const T*, int64_t, const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,      \
-                        int64_t, int64_t, int64_t, CudaRun&);                                                         \
-  template int knn_by_table_cuda(const int64_t*, int64_t, const int64_t*, int64_t, const T*, int64_t, const bool*,   \
+#define VAMOH_INSTANTIATE(T)                                                                                       \
+  template int knn_cuda(const T*, int64_t, const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,    \
+                        int64_t, int64_t, int64_t, CudaRun&);                                                      \
+  template int knn_by_table_cuda(const int64_t*, int64_t, const int64_t*, int64_t, const T*, int64_t, const bool*, \
                                  int64_t, int64_t*, int64_t, int64_t, int64_t, int64_t, CudaRun&);
 VAMOH_INSTANTIATE(float)
 VAMOH_INSTANTIATE(double)

@@ -35,8 +35,9 @@ bool network(vamoh::Isa isa, int threads, int64_t n, std::vector<int64_t> widths
   int64_t count = hidden * channels;
   for (size_t l = 0; l + 1 < widths.size(); ++l) count += widths[l + 1] * (widths[l] + 1);
   const Array parameters(count, -0.4f, 0.05f);
-  const vamoh::GatingNet net{coords.get(), shared, shift.get(), channels ? values.get() : nullptr, parameters.get(),
-                             widths, batch, n, channels, 0.1f, bounded};
+  const vamoh::GatingNet net{coords.get(),     shared, shift.get(), channels ? values.get() : nullptr,
+                             parameters.get(), widths, batch,       n,
+                             channels,         0.1f,   bounded};
   const Array log_p(batch * components * n), grad(log_p.size, -1, 0.2f);
   const Array grad_coords(coords.size), grad_shift(shift.size), grad_values(values.size), grad_parameters(count);
   vamoh::gating(net, log_p.get(), threads, isa);
