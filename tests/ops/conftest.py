@@ -64,9 +64,18 @@ def host_backend(request: pytest.FixtureRequest) -> str:
     return on_host(request)
 
 
-@pytest.fixture(params=[*HOST_BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The backends that the fixture `backend` goes through: with CUDA where the test file says HAS_CUDA."""
+    own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "backend" in metafunc.fixturenames and not own:
+        cuda = ["cuda-on-host", pytest.param("cuda", marks=pytest.mark.gpu)]
+        more = cuda if getattr(metafunc.module, "HAS_CUDA", False) else []
+        metafunc.parametrize("backend", ["cpu", "reference", *more], indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Those, and the CUDA kernels on a GPU. Not for torch.compile and opcheck, which do not see through OnGpu."""
+    """Every backend, on a GPU too. Not for torch.compile and opcheck of CUDA ops, which do not see through OnGpu."""
     if request.param == "cuda":
         with OnGpu():
             yield "cuda"

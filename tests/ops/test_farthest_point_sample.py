@@ -12,6 +12,8 @@ from torch import Tensor
 from vamoh.ops import farthest_point_sample
 from vamoh.points import grid_coords, sphere_grid
 
+HAS_CUDA = True
+
 SIZES = [(1, 1, 1), (5, 2, 3), (31, 3, 31), (64, 17, 20), (65, 2, 64), (129, 256, 40), (200, 1, 250)]  # N, D, M
 
 

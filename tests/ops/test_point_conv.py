@@ -10,6 +10,8 @@ from torch import Tensor
 from vamoh.ops import neighbor_difference, neighbor_mean, point_conv
 from vamoh.ops.point_conv import gather
 
+HAS_CUDA = True
+
 SIZES = [
     (1, 1, 1, 1, 1, 1, 1),
     (2, 5, 3, 4, 2, 3, 4),
