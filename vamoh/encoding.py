@@ -70,8 +70,8 @@ class FourierFeatures(nn.Module):
 
         On a lattice, places and a table of squared distances, if the table is small or has fewer entries than
         `distances`, the number that will be looked up; else the encoded coordinates and None. Points where mask
-        [..., N] is False need not be on the lattice. Differences between equal squares of distances, which rounding
-        makes of encoded coordinates, are not in the table: the lowest index then counts.
+        [..., N] is False need not be on the lattice. In the table δ and -δ are equally far; between encoded coordinates
+        rounding decides.
         """
         if not len(self.frequencies):
             return coords, None

@@ -226,8 +226,8 @@ def test_contract_of_torch_library_on_a_gpu():
     points = torch.randn(2, 12, 3, device="cuda")
     mask = torch.arange(24, device="cuda").reshape(2, 12) % 3 != 1
     for m in (None, mask):
-        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, "cuda"))
-        torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (points, m, 5, "cuda"))
+        torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, None, "cuda"))
+        torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (points, m, 5, None, "cuda"))
     neighbors = knn(points, points[:, :4], 5)
     weights, linear = torch.randn(2, 4, 5, 6, device="cuda"), torch.randn(7, 18, device="cuda")
     arguments = (points.requires_grad_(), neighbors, weights, linear, linear[:, 0].clone())
