@@ -35,7 +35,7 @@ inline void thin_block(const float* weight, const float* bias, const float* x, i
   for (; k + kLanes <= in; k += kLanes) {
 #pragma GCC unroll 4
     for (int o = 0; o < O; ++o) {
-      __builtin_prefetch(weight + o * in + k + kAhead);
+      fetch(weight + o * in + k + kAhead);
       w[o] = load(weight + o * in + k);
     }
     add(w);
@@ -122,11 +122,16 @@ void linear_grad_x(const float* grad, int64_t grad_row, int64_t grad_value, cons
     const int64_t count = o1 - o < depth ? o1 - o : depth;
     const float* from = weight + o * in + i0;
     if (!in_place) pack(from, in, 1, count, columns, packed);
+    const float* ahead = from + depth * in;  // of the next rows, fetched in the order of memory
+    int64_t fetched = 0;
     for (int64_t lane = 0; lane < columns; lane += kBlock) {
       const int64_t width = panel_width(columns, lane);
       if (in_place)
-        for (int64_t k = 0; k < depth; ++k)
-          for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + (depth + k) * in + lane + j);
+        for (int64_t i = 0; i < width * depth; i += 16) {
+          fetch(ahead + fetched);
+          fetched += 16;
+          if (fetched == columns) ahead += in, fetched = 0;
+        }
       panel_product(grad + o * grad_value, grad_row, grad_value, in_place ? from + lane : packed + lane * count,
                     in_place ? in : width, rows, count, lane, width,
                     {o == o0 ? nullptr : grad_x, step, grad_x, step, columns});

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vamoh.ops import linear
+from vamoh.ops import _memory, linear
 
 SIZES = [
     (1, 1, 1, 1),
@@ -163,3 +166,49 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {"x": torch.zeros(2, 4, 5), "weight": torch.zeros(2, 3, 5), "bias": torch.zeros(2, 3), **change}
     with pytest.raises(error, match=f"^linear: {message}"):
         linear(**arguments)
+
+
+def large_weight():
+    """One whose gradient is large enough to be kept."""
+    return torch.randn(1, 1 << 12, 1 << 8, requires_grad=True)
+
+
+def gradient(weight, x):
+    linear(x, weight, None).sum().backward()
+    taken, weight.grad = weight.grad, None
+    return taken
+
+
+def test_a_large_gradient_takes_the_place_of_the_last_one():
+    weight, x = large_weight(), torch.randn(1, 2, 1 << 8)
+    place = gradient(weight, x).data_ptr()
+    assert gradient(weight, x).data_ptr() == place
+
+
+def test_a_gradient_in_use_is_left_alone():
+    weight, x = large_weight(), torch.randn(1, 2, 1 << 8)
+    first = gradient(weight, x)
+    part, expected = first[0, 5:9], x.sum(1).expand(4, -1)
+    del first  # its memory lives on in the part
+    second = gradient(weight, -x)
+    torch.testing.assert_close(part, expected)
+    torch.testing.assert_close(second[0], -x.sum(1).expand(1 << 12, -1))
+
+
+def test_gradients_of_two_passes_add_up():
+    weight, x = large_weight(), torch.randn(1, 2, 1 << 8)
+    for _ in range(2):
+        linear(x, weight, None).sum().backward()
+    torch.testing.assert_close(weight.grad[0], 2 * x.sum(1).expand(1 << 12, -1))
+
+
+def test_kept_memory_goes_with_its_weight():
+    weight = large_weight()
+    gradient(weight, torch.randn(1, 2, 1 << 8))
+    (block,) = _memory._FREE[weight]
+    kept = weakref.ref(block)
+    del block
+    assert kept() is not None
+    del weight
+    gc.collect()
+    assert kept() is None

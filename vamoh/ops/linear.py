@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
 from vamoh.ops._backend import native, native_isa, native_unavailable, refuse_second_derivatives, register, resolve
+from vamoh.ops._memory import empty_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
@@ -73,10 +74,14 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) ->
 def _run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool], backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (x.shape, weight.shape, weight.shape[:2])
-    by_x, by_weight, by_bias = (
-        torch.empty(s if n else (0,), dtype=x.dtype, device=x.device) for s, n in zip(shapes, needed, strict=True)
-    )
+    by_x = x.new_empty(x.shape if needed[0] else (0,))
+    by_bias = x.new_empty(weight.shape[:2] if needed[2] else (0,))
+    if not needed[1]:
+        by_weight = x.new_empty(0)
+    elif x.device.type == "cpu":
+        by_weight = empty_gradient(weight)
+    else:
+        by_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if resolve("linear", x.device, x.dtype, backend) == "reference":
         if needed[0]:
             torch.bmm(grad, weight, out=by_x)
