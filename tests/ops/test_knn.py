@@ -95,6 +95,47 @@ def test_table_of_distances(backend, isas, monkeypatch, n, m, s, dtype):
     assert torch.equal(shared, knn(places[0], queries, s, table=table.repeat_interleave(2)[::2], backend=backend))
 
 
+def by_table(places: Tensor, queries: Tensor, neighbors: int, table: Tensor, mask: Tensor) -> list[list[int]]:
+    """The definition, one function: places [N], queries [M], mask [N]."""
+    half, candidates = len(table) // 2, mask.nonzero()[:, 0].tolist()
+    rows = [{i: float(table[half + places[i] - q]) for i in candidates} for q in queries]
+    return [sorted(row, key=lambda i, row=row: (row[i], i))[:neighbors] for row in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [2, 9, 10**6])  # all but a few distances tie; many; hardly any
+@pytest.mark.parametrize(("n", "share", "s"), [(200, 1.0, 1), (200, 0.5, 9), (60, 0.7, 30), (201, 0.1, 14)])
+def test_cells_in_the_order_of_their_distance(backend, n, share, s, values, dtype):
+    generator = np.random.default_rng([n, s, values])
+    table = torch.from_numpy(generator.integers(0, values, 401)).to(dtype)
+    places = torch.from_numpy(np.stack([generator.permutation(201)[:n] for _ in range(2)]))
+    queries = torch.from_numpy(generator.integers(0, 201, (2, 150)))
+    mask = torch.from_numpy(generator.random((2, n)) < share) | (torch.arange(n) < s)
+    expected = [by_table(*clouds, s, table, kept) for *clouds, kept in zip(places, queries, mask, strict=True)]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        result = knn(places[..., None], queries[..., None], s, mask, table=table, backend=backend)
+        assert result.tolist() == expected
+
+
+def test_a_changed_table_is_noticed(backend):
+    places, table = torch.arange(100)[:, None], (torch.arange(201) - 100).abs().float()
+    assert knn(places, places, 1, table=table, backend=backend)[:, 0].tolist() == list(range(100))
+    table.neg_().add_(100)
+    assert knn(places, places, 1, table=table, backend=backend)[:, 0].tolist() == [99] * 50 + [0] * 50
+    with torch.inference_mode():
+        same = table + 0
+        assert knn(places, places, 1, table=same, backend=backend)[:, 0].tolist() == [99] * 50 + [0] * 50
+        same.copy_((torch.arange(201) - 100).abs())
+        assert knn(places, places, 1, table=same, backend=backend)[:, 0].tolist() == list(range(100))
+
+
+def test_table_without_finite_distances(backend):
+    places, table = torch.arange(100)[:, None], torch.full((201,), math.inf)
+    table[100] = math.nan
+    assert knn(places, places, 3, table=table, backend=backend).tolist() == [[0, 1, 2]] * 100
+
+
 def test_nan_in_a_table_counts_as_largest(backend):
     table = torch.tensor([math.nan, math.inf, 0.0, 2.0, math.nan])
     places = torch.tensor([[2], [1], [0]])

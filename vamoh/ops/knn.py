@@ -1,4 +1,4 @@
-"""Nearest neighbours, exact, by brute force."""
+"""Nearest neighbours, exact."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vamoh._checks import check_positive, check_tensor
 from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
@@ -50,7 +51,7 @@ def knn(
         queries.detach().expand(*lead, -1, -1),
         num_neighbors,
         None if mask is None else mask.expand(*lead, -1),
-        None if table is None else table.detach(),
+        table.detach() if table is not None and table.requires_grad else table,
         backend,
     )
     return index[0] if batch is None else index
@@ -137,8 +138,36 @@ def _native(
         call_native("knn", backend, points.device, **common, dims=dims)
     else:
         table = table.contiguous()
-        call_native("knn_by_table", backend, points.device, **common, table=table.data_ptr(), table_size=len(table))
+        common |= {"table": table.data_ptr(), "table_size": len(table)}
+        if backend == "cuda":
+            call_native("knn_by_table", backend, points.device, **common)
+        else:
+            order = _nearest_cells(table, count, num_queries, num_neighbors)
+            call_native("knn_by_table", backend, points.device, **common, order=order.data_ptr(), length=len(order))
     return index
+
+
+def _nearest_cells(table: Tensor, count: int, num_queries: int, num_neighbors: int) -> Tensor:
+    """Positions of the smallest distances of a table, int32, so many that they usually hold a query's neighbours.
+
+    Empty where to look at every point is as fast, or where distances are not finite. Remembered with the table.
+    """
+    # Half the cells of a displacement lie outside along every axis for a query in a corner, hence the factor.
+    length = min(4 * num_neighbors * len(table) // max(count, 1) + _FEWEST_CELLS, len(table))
+    if count * num_queries < 4 * len(table):
+        return torch.empty(0, dtype=torch.int32)
+    orders: dict[tuple[int, int], Tensor] = {} if table.is_inference() else _ORDERS.setdefault(table, {})
+    key = (length, 0 if table.is_inference() else table._version)
+    if key not in orders:
+        distances, order = table.topk(length, largest=False)
+        orders[key] = order.int() if distances[-1].isfinite() else order[:0].int()
+    return orders[key]
+
+
+_FEWEST_CELLS = 64
+
+_ORDERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of every table, what `_nearest_cells` found."""
 
 
 register("knn", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
