@@ -28,8 +28,8 @@ void knn_by_table(uintptr_t points, int64_t points_step, uintptr_t queries, int6
   const py::gil_scoped_release unlocked;
   const auto run = [&](auto* typed_table) {
     vamoh::knn_by_table(at<const int64_t>(points), points_step, at<const int64_t>(queries), queries_step, typed_table,
-                        table_size, at<const int32_t>(order), length, at<const bool>(mask), mask_step,
-                        at<int64_t>(out), batch, count, num_queries, neighbors, threads, chosen);
+                        table_size, at<const int32_t>(order), length, at<const bool>(mask), mask_step, at<int64_t>(out),
+                        batch, count, num_queries, neighbors, threads, chosen);
   };
   is_double ? run(at<const double>(table)) : run(at<const float>(table));
 }

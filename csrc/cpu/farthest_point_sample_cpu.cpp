@@ -1,5 +1,8 @@
 #include <algorithm>
+#include <atomic>
 #include <limits>
+#include <memory>
+#include <thread>
 
 #include "../farthest_point_sample.h"
 #include "../threads.h"
@@ -14,16 +17,17 @@ namespace {
 
 template <class T>
 struct Kernel {
+  int64_t width;
   decltype(&portable::pack_panels<T, portable::panel_width<T>()>) pack;
-  decltype(&portable::sample<T>) sample;
+  decltype(&portable::come_nearer<T>) come_nearer;
   decltype(&portable::sample_by_table<T>) sample_by_table;
 };
 
 template <class T>
 Kernel<T> kernel(Isa isa) {
-#define VAMOH_TABLE(isa)                                                                   \
-  {                                                                                        \
-    &isa::pack_panels<T, isa::panel_width<T>()>, &isa::sample<T>, &isa::sample_by_table<T> \
+#define VAMOH_TABLE(isa)                                                                                               \
+  {                                                                                                                    \
+    isa::panel_width<T>(), &isa::pack_panels<T, isa::panel_width<T>()>, &isa::come_nearer<T>, &isa::sample_by_table<T> \
   }
 #if VAMOH_X86
   if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
@@ -33,6 +37,80 @@ Kernel<T> kernel(Isa isa) {
   return VAMOH_TABLE(portable);
 #undef VAMOH_TABLE
 }
+
+// Order [samples] of positions among n points in panels of `width`, samples < n. come_nearer(query) updates scratch:
+// nearest [panels, W], panel_best [panels]; query [dims] is scratch too.
+template <class T, class ComeNearer>
+void sample(const T* panels, int64_t n, int64_t dims, int64_t samples, int64_t width, T* nearest, T* panel_best,
+            T* query, const ComeNearer& come_nearer, int64_t* order) {
+  const int64_t count = (n + width - 1) / width;
+  const T infinity = std::numeric_limits<T>::infinity();
+  std::fill(nearest, nearest + n, infinity);
+  std::fill(nearest + n, nearest + count * width, T(-1));  // as points taken
+  std::fill(panel_best, panel_best + count, infinity);
+  int64_t taken = 0;
+  for (int64_t step = 0;; ++step) {
+    order[step] = taken;
+    if (step + 1 == samples) return;
+    const int64_t home = taken / width;
+    for (int64_t d = 0; d < dims; ++d) query[d] = panels[(home * dims + d) * width + taken % width];
+    nearest[taken] = T(-1);
+    panel_best[home] = *std::max_element(nearest + home * width, nearest + (home + 1) * width);
+    come_nearer();
+    const T* best = std::max_element(panel_best, panel_best + count);  // the first of equals
+    const T* from = nearest + (best - panel_best) * width;
+    taken = std::find(from, from + width, *best) - nearest;
+  }
+}
+
+// Rounds of a few pieces of work, far too short to wake threads for: they spin. One thread leads; whoever else is there
+// helps, best with the same pieces in every round, whose data its caches hold.
+class Rounds {
+ public:
+  explicit Rounds(int64_t pieces) : pieces_(pieces), taken_(new std::atomic<int64_t>[pieces]) {
+    for (int64_t i = 0; i < pieces; ++i) taken_[i] = 0;
+  }
+
+  // work(i) once for every piece, by the leader and the helpers.
+  template <class Work>
+  void lead(const Work& work) {
+    done_.store(0, std::memory_order_relaxed);
+    const int64_t round = round_.fetch_add(1, std::memory_order_release) + 1;
+    take(round, 0, work);
+    while (done_.load(std::memory_order_acquire) < pieces_) pause();
+  }
+
+  // Helps until `finish`; starts with piece `first`.
+  template <class Work>
+  void help(int64_t first, const Work& work) {
+    for (int64_t seen = 0, round; (round = round_.load(std::memory_order_acquire)) != kFinished; seen = round) {
+      if (round != seen) take(round, first, work);
+      pause();
+    }
+  }
+
+  void finish() { round_.store(kFinished, std::memory_order_release); }
+
+ private:
+  static constexpr int64_t kFinished = -1;
+
+  template <class Work>
+  void take(int64_t round, int64_t first, const Work& work) {
+    for (int64_t k = 0; k < pieces_; ++k) {
+      const int64_t i = first + k < pieces_ ? first + k : first + k - pieces_;
+      int64_t last = round - 1;
+      if (!taken_[i].compare_exchange_strong(last, round, std::memory_order_acq_rel)) continue;
+      work(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  static void pause() { std::this_thread::yield(); }
+
+  const int64_t pieces_;
+  const std::unique_ptr<std::atomic<int64_t>[]> taken_;  // the last round in which a piece was
+  std::atomic<int64_t> round_{0}, done_{0};
+};
 
 // Calls sample(b, candidates, n, order, worker) for every function with more than M candidates, which leaves positions
 // among the candidates in `order` [M].
@@ -58,6 +136,9 @@ void for_each_function(const bool* mask, int64_t mask_step, int64_t* out, int64_
   });
 }
 
+constexpr int64_t kShared = int64_t{1} << 16;  // values of a cloud that occupies several threads
+constexpr int kPiecesPerThread = 4;
+
 int workers(int threads, int64_t batch) { return std::max(static_cast<int>(std::min<int64_t>(threads, batch)), 1); }
 
 }  // namespace
@@ -68,17 +149,35 @@ void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mas
   const Kernel<T> run = kernel<T>(isa);
   const int64_t padded = round_up(points, kWidestPanel);
   const int64_t reals = padded * dims + padded + padded + round_up(dims, kWidestPanel);  // one worker's scratch
-  threads = workers(threads, batch);
+  // Few functions are shared by all threads, many are shared out.
+  const bool together = batch < threads && points * dims >= kShared;
+  const int team = threads;
+  threads = together ? 1 : workers(threads, batch);
   const Buffer<T> scratch = allocate<T>(threads * reals);
-  for_each_function(mask, mask_step, out, batch, points, samples, threads,
-                    [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
-                      T* panels = scratch.get() + worker * reals;
-                      T* nearest = panels + padded * dims;
-                      T* panel_best = nearest + padded;
-                      run.pack(coords + b * coords_step, index, n, dims, panels);
-                      run.sample(panels, n, dims, samples, nearest, panel_best, panel_best + padded,
-                                 std::numeric_limits<T>::infinity(), order);
-                    });
+  for_each_function(
+      mask, mask_step, out, batch, points, samples, threads,
+      [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
+        T* panels = scratch.get() + worker * reals;
+        T* nearest = panels + padded * dims;
+        T* panel_best = nearest + padded;
+        T* query = panel_best + padded;
+        run.pack(coords + b * coords_step, index, n, dims, panels);
+        const int64_t count = (n + run.width - 1) / run.width;
+        const auto sample_with = [&](const auto& come_nearer) {
+          sample(panels, n, dims, samples, run.width, nearest, panel_best, query, come_nearer, order);
+        };
+        if (!together) return sample_with([&] { run.come_nearer(panels, dims, 0, count, query, nearest, panel_best); });
+        const int64_t pieces = std::min<int64_t>(count, team * kPiecesPerThread);
+        Rounds rounds(pieces);
+        const auto piece = [&](int64_t i) {
+          run.come_nearer(panels, dims, i * count / pieces, (i + 1) * count / pieces, query, nearest, panel_best);
+        };
+        ThreadPool::get().run(team, team, [&](int64_t task, int) {
+          if (task > 0) return rounds.help(task * pieces / team, piece);
+          sample_with([&] { rounds.lead(piece); });
+          rounds.finish();
+        });
+      });
 }
 
 template <class T>

@@ -14,59 +14,38 @@ T largest(const T* values) {
   return best;
 }
 
-// order [samples]: positions among the n packed points, samples < n. Scratch: nearest [panels, W] and query [dims];
-// panel_best [panels].
+// Lowers nearest [p0 * W, p1 * W), the squared distance of every point to the nearest one taken, to that from `query`
+// [dims] where it is less, and panel_best, its largest value in every panel, with it.
 template <class T>
-void sample(const T* panels, int64_t n, int64_t dims, int64_t samples, T* nearest, T* panel_best, T* query, T infinity,
-            int64_t* order) {
+void come_nearer(const T* panels, int64_t dims, int64_t p0, int64_t p1, const T* query, T* nearest, T* panel_best) {
   using V = typename Vector<T>::type;
   constexpr int64_t W = panel_width<T>();
   constexpr int lanes = Vector<T>::lanes;
-  const int64_t count = (n + W - 1) / W;
-  // Squared distance to the nearest point taken; -1 for points taken and for the lanes beyond n.
-  for (int64_t i = 0; i < count * W; ++i) nearest[i] = i < n ? infinity : T(-1);
-  for (int64_t p = 0; p < count; ++p) panel_best[p] = infinity;
-
-  int64_t taken = 0;
-  for (int64_t step = 0;; ++step) {
-    order[step] = taken;
-    if (step + 1 == samples) return;
-    const int64_t home = taken / W;
-    for (int64_t d = 0; d < dims; ++d) query[d] = panels[(home * dims + d) * W + taken % W];
-    nearest[taken] = T(-1);
-    panel_best[home] = largest(nearest + home * W);
-
-    int64_t best = 0;
-    for (int64_t p = 0; p < count; ++p) {
-      const T* x = panels + p * dims * W;
-      V* near = reinterpret_cast<V*>(nearest + p * W);
-      V sum[kVectors] = {};
-      bool nearer;
-      int64_t d = 0;
-      do {
-        const int64_t stop = d + kDimsPerLook < dims ? d + kDimsPerLook : dims;
-        for (; d < stop; ++d)
-          for (int v = 0; v < kVectors; ++v) {
-            const V difference = *reinterpret_cast<const V*>(x + d * W + v * lanes) - query[d];
-            sum[v] += difference * difference;
-          }
-        auto below = sum[0] < near[0];
-        for (int v = 1; v < kVectors; ++v) below |= sum[v] < near[v];
-        nearer = any(below);
-      } while (nearer && d < dims);
-      if (nearer) {
-        for (int v = 0; v < kVectors; ++v) near[v] = sum[v] < near[v] ? sum[v] : near[v];
-        panel_best[p] = largest(nearest + p * W);
-      }
-      if (panel_best[p] > panel_best[best]) best = p;
-    }
-    taken = best * W;
-    while (nearest[taken] != panel_best[best]) ++taken;
+  for (int64_t p = p0; p < p1; ++p) {
+    const T* x = panels + p * dims * W;
+    V* near = reinterpret_cast<V*>(nearest + p * W);
+    V sum[kVectors] = {};
+    bool nearer;
+    int64_t d = 0;
+    do {
+      const int64_t stop = d + kDimsPerLook < dims ? d + kDimsPerLook : dims;
+      for (; d < stop; ++d)
+        for (int v = 0; v < kVectors; ++v) {
+          const V difference = *reinterpret_cast<const V*>(x + d * W + v * lanes) - query[d];
+          sum[v] += difference * difference;
+        }
+      auto below = sum[0] < near[0];
+      for (int v = 1; v < kVectors; ++v) below |= sum[v] < near[v];
+      nearer = any(below);
+    } while (nearer && d < dims);
+    if (!nearer) continue;
+    for (int v = 0; v < kVectors; ++v) near[v] = sum[v] < near[v] ? sum[v] : near[v];
+    panel_best[p] = largest(nearest + p * W);
   }
 }
 
-// The same on a lattice: the squared distance of places p and q is center[p - q]. places [n] and the scratch nearest
-// [n] reach up to a multiple of the widest panel.
+// On a lattice, where the squared distance of places p and q is center[p - q]. order [samples]: positions among the n
+// places, samples < n. places [n] and the scratch nearest [n] reach up to a multiple of the widest panel.
 template <class T>
 void sample_by_table(const int32_t* places, int64_t n, const T* center, int64_t samples, T* nearest, T infinity,
                      int64_t* order) {

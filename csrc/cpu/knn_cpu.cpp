@@ -131,8 +131,8 @@ void knn(const T* points, int64_t points_step, const T* queries, int64_t queries
 template <class T>
 void knn_by_table(const int64_t* points, int64_t points_step, const int64_t* queries, int64_t queries_step,
                   const T* table, int64_t table_size, const int32_t* order, int64_t length, const bool* mask,
-                  int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries,
-                  int64_t neighbors, int threads, Isa isa) {
+                  int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t neighbors,
+                  int threads, Isa isa) {
   const Kernel<T> run = kernel<T>(isa);
   const T infinity = std::numeric_limits<T>::infinity();
   const int64_t half = table_size / 2, padded = round_up(count, kWidestPanel);
