@@ -241,6 +241,16 @@ def test_one_step_is_adam(dataset: Dataset) -> None:
             torch.testing.assert_close(moved, -5e-3 * new.grad[large].sign(), rtol=1e-3, atol=1e-6)
 
 
+def test_mixed_precision_is_close_and_saved(dataset: Dataset, tmp_path: Path) -> None:
+    mixed = with_train(precision="bfloat16", steps=3)
+    exact, steps = Trainer(with_train(steps=3), dataset).step(), [Trainer(mixed, dataset).step() for _ in range(2)]
+    assert steps[0] | {"seconds": 0} == steps[1] | {"seconds": 0}
+    assert steps[0]["elbo"] != exact["elbo"] and steps[0]["elbo"] == pytest.approx(exact["elbo"], rel=1e-2)
+    train(mixed, tmp_path, progress=False)
+    assert load_config(tmp_path / "config.yaml").train.precision == "bfloat16"
+    assert {p.dtype for p in checkpoint.load(tmp_path).parameters()} == {torch.float32}
+
+
 def test_point_dropout_leaves_the_encoder_enough(dataset: Dataset) -> None:
     trainer = Trainer(with_train(point_dropout=1.0), dataset)
     points = dataset.batch(torch.arange(3))

@@ -171,6 +171,8 @@ class TrainConfig:
     """largest global norm of the gradient"""
     weight_decay: float = 0.0
     """weight decay of Adam"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: linear layers in it, by torch.autocast; the rest stays float32"""
     point_dropout: float = 0.0
     """each batch loses points at a rate drawn uniformly from 0 to this; 0: off"""
     num_points: int | None = None

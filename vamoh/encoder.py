@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
 from vamoh.ops.linear import linear
@@ -77,21 +78,29 @@ class PointConvLayer(nn.Module):
 
         points [B|1, N]: which of the encoded coordinates the features lie at; None: all in order.
         """
+        table, bias = self._first_layer(encoded)
+        at = (neighbors, centroids) if points is None else (_select(points, neighbors), _select(points, centroids))
+        w = neighbor_difference(table, *at, bias)  # [B|1, M, S, Q]
+        if self.slope is not None:
+            for layer in self._weight_layers()[1:]:
+                w = layer(F.leaky_relu(w, self.slope))
+        return point_conv(features, neighbors, w, self.linear.weight, self.linear.bias, SLOPE)
+
+    @float32_under_autocast  # differences are taken of it
+    def _first_layer(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight net's first layer at every point [B|1, N, Q] of encoded coordinates, without its bias, and that.
+
+        It is linear in the offset, so it is applied to points instead of pairs.
+        """
         first, *rest = self._weight_layers()
         weight: Tensor = first.weight
         bias: Tensor = first.bias
         if self.slope is None:  # the layers are one affine function of the offset
             for layer in rest:
                 weight, bias = layer.weight @ weight, F.linear(bias, layer.weight, layer.bias)
-        # The first layer is linear in the offset, so it is applied to points instead of pairs.
         # The tall matrix of points goes where `linear` expects a weight matrix: it is read once, in place.
         table = linear(weight[None], encoded.flatten(0, 1)[None], None)[0].mT.unflatten(0, encoded.shape[:2])
-        at = (neighbors, centroids) if points is None else (_select(points, neighbors), _select(points, centroids))
-        w = neighbor_difference(table, *at, bias)  # [B|1, M, S, Q]
-        if self.slope is not None:
-            for layer in rest:
-                w = layer(F.leaky_relu(w, self.slope))
-        return point_conv(features, neighbors, w, self.linear.weight, self.linear.bias, SLOPE)
+        return table, bias
 
     def _weight_layers(self) -> list[nn.Linear]:
         return [layer for layer in self.weight_net if isinstance(layer, nn.Linear)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vamoh.likelihood import Likelihood
+from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.inr_mixture import (
     Inr,
     inr_mixture_expected_log_likelihood,
@@ -84,6 +85,7 @@ def marginal_log_likelihood(
     return per_point.sum(-1) if mask is None else torch.where(mask, per_point, 0).sum(-1)
 
 
+@float32_under_autocast
 def decode(
     theta: Tensor,
     count: int,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vamoh.ops import CounterNoise
+from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.planar_flow import (
     PlanarFlow,
     normal_log_prob,
@@ -26,6 +27,7 @@ class Posterior:
     std: Tensor
 
     @staticmethod
+    @float32_under_autocast
     def from_logits(logits: Tensor) -> Posterior:
         """From the encoder's head [B, 2Z]: mean first, then log-variance; std is at most 10 (published code)."""
         mean, log_variance = logits.chunk(2, -1)

@@ -202,7 +202,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.model.elbo(points, beta_z=beta_z, beta_c=beta_c, generator=self._noise)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            terms = self.model.elbo(points, beta_z=beta_z, beta_c=beta_c, generator=self._noise)
         terms.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
         result = _batch_means(terms, self.steps_done + 1, indices, norm)

@@ -14,12 +14,15 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from vamoh._version import __version__
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,45 @@ def refuse_second_derivatives(op: str, instead: str = "") -> None:
     """Raise RuntimeError in a backward that autograd records: what it computes would count as constant."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: has no second derivatives (create_graph=True){instead and '; ' + instead}")
+
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether torch.autocast is on for tensors of this device."""
+    return x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type)
+
+
+def float32_under_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which under torch.autocast runs with autocast off and half-precision arguments cast to float32.
+
+    Tensors may lie in lists and tuples. float64 stays, as everywhere under autocast; where autocast is off nothing is
+    cast.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                args, kwargs = _float32(args, device), _float32(kwargs, device)
+                with torch.autocast(device, enabled=False):
+                    return run(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def _float32(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        half = value.dtype in (torch.bfloat16, torch.float16) and value.device.type == device
+        return value.float() if half else value
+    if isinstance(value, dict):
+        return {name: _float32(each, device) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [_float32(each, device) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _misfit(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str | None:

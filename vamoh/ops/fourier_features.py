@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import native, native_isa, native_unavailable, register, require_reference, resolve
+from vamoh.ops._backend import (
+    float32_under_autocast,
+    native,
+    native_isa,
+    native_unavailable,
+    register,
+    require_reference,
+    resolve,
+)
 
 
+@float32_under_autocast
 def fourier_features(coords: Tensor, frequencies: Tensor, *, backend: str | None = None) -> Tensor:
     """γ(x) = [cos 2πFx, sin 2πFx], [..., 2F] for coords [..., D] and frequencies [F, D] in cycles per unit.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
 from vamoh.ops._backend import (
+    float32_under_autocast,
     items,
     native,
     native_isa,
@@ -29,6 +30,7 @@ from vamoh.ops._points import check_mask
 Context = torch.autograd.function.FunctionCtx
 
 
+@float32_under_autocast
 def gating_coords(encoded: Tensor, weights: Sequence[Tensor], *, backend: str | None = None) -> list[Tensor]:
     """What the coordinates add to the first layers of networks: weights[i] · encoded, [H, N] or [B, H, N] for each.
 
@@ -48,6 +50,7 @@ def gating_coords(encoded: Tensor, weights: Sequence[Tensor], *, backend: str | 
     return parts if encoded.dim() == 3 else [part.squeeze(0) for part in parts]
 
 
+@float32_under_autocast
 def gating(
     coords: Tensor,
     shift: Tensor,
@@ -105,6 +108,7 @@ def gating(
     return log_p
 
 
+@float32_under_autocast
 def categorical_kl(
     log_q: Tensor, log_p: Tensor, mask: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -191,6 +195,7 @@ def _coords_setup(ctx: Context, inputs: tuple[Tensor, list[Tensor], str | None],
     ctx.backend = backend  # type: ignore[attr-defined]
 
 
+@float32_under_autocast
 def _coords_backward(ctx: Context, grads: list[Tensor]) -> tuple[object, ...]:
     refuse_second_derivatives("gating_coords")
     encoded, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -341,6 +346,7 @@ def _setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.rest = rest  # type: ignore[attr-defined]
 
 
+@float32_under_autocast
 def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("gating")
     *rest, backend = ctx.rest  # type: ignore[attr-defined]
@@ -511,6 +517,7 @@ def _kl_setup(
     ctx.backend = inputs[3]  # type: ignore[attr-defined]
 
 
+@float32_under_autocast
 def _kl_backward(ctx: Context, grad_q: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("categorical_kl")
     grads = torch.ops.vamoh.categorical_kl_backward(grad_q, grad_kl, *ctx.saved_tensors, ctx.backend)  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from torch import Tensor
 from vamoh._checks import FLOATING, check_choice, check_tensor
 from vamoh.layout import packed_size, unpack
 from vamoh.ops._backend import (
+    float32_under_autocast,
     items,
     native,
     native_isa,
@@ -50,6 +51,7 @@ class Inr(NamedTuple):
     omega: float = 30.0
 
 
+@float32_under_autocast
 def inr_mixture(
     theta: Tensor, features: Tensor, inr: Inr, *, mirror: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
@@ -69,6 +71,7 @@ def inr_mixture(
     return result
 
 
+@float32_under_autocast
 def inr_mixture_log_likelihood(
     theta: Tensor,
     features: Tensor,
@@ -99,6 +102,7 @@ def inr_mixture_log_likelihood(
     return result
 
 
+@float32_under_autocast
 def inr_mixture_expected_log_likelihood(
     theta: Tensor,
     features: Tensor,
@@ -134,6 +138,7 @@ def inr_mixture_expected_log_likelihood(
     return value, log_p.detach()
 
 
+@float32_under_autocast
 def inr_mixture_mean(
     theta: Tensor,
     features: Tensor,
@@ -266,6 +271,7 @@ def _outputs_setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tup
     ctx.rest = inputs[3:]  # type: ignore[attr-defined]
 
 
+@float32_under_autocast
 def _outputs_backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("inr_mixture", _TWICE)
     by_theta = torch.ops.vamoh.inr_mixture_backward(grad_outputs, *ctx.saved_tensors, *ctx.rest)
@@ -282,6 +288,7 @@ def _setup_context(
     ctx.save_for_backward(log_p, grad_theta, grad_scale)
 
 
+@float32_under_autocast
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:

@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import native, native_isa, native_unavailable, refuse_second_derivatives, register, resolve
+from vamoh.ops._backend import (
+    float32_under_autocast,
+    native,
+    native_isa,
+    native_unavailable,
+    refuse_second_derivatives,
+    register,
+    require_reference,
+    resolve,
+    under_autocast,
+)
 from vamoh.ops._memory import empty_gradient
+
+AUTOCAST = (*FLOATING, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
@@ -16,14 +28,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
     x [G, M, I], weight [G, O, I], bias [G, O] or None, float32 or float64 of one dtype and device. Groups may share
     their x by `expand`. Differentiable once in all three.
 
+    Under torch.autocast it is torch's linear layer: half precision may come in, and comes out, contiguous.
     Raises TypeError or ValueError naming the argument.
     """
     where = "linear"
-    check_tensor(where, "x", x, ["G", "M", "I"], dtypes=FLOATING)
+    autocast = isinstance(x, Tensor) and under_autocast(x)
+    check_tensor(where, "x", x, ["G", "M", "I"], dtypes=AUTOCAST if autocast else FLOATING)
     groups, _, size = x.shape
-    check_tensor(where, "weight", weight, [groups, "O", size], like=x)
+    like = None if autocast else x
+    check_tensor(where, "weight", weight, [groups, "O", size], like=like)
     if bias is not None:
-        check_tensor(where, "bias", bias, [groups, weight.shape[1]], like=x)
+        check_tensor(where, "bias", bias, [groups, weight.shape[1]], like=like)
+    if autocast:
+        require_reference(where, "autocast", backend)
+        return linear_reference(x, weight, bias)
     result: Tensor = torch.ops.vamoh.linear(x, weight, bias, backend)
     return result
 
@@ -120,6 +138,7 @@ def _setup_context(
     ctx.backend = backend  # type: ignore[attr-defined]
 
 
+@float32_under_autocast
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("linear")
     needed = list(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
 from vamoh.ops._backend import (
+    float32_under_autocast,
     native,
     native_isa,
     native_unavailable,
@@ -41,6 +42,7 @@ class PlanarFlow(NamedTuple):
     slope: float = 0.2
 
 
+@float32_under_autocast
 def planar_flow_log_prob(z: Tensor, flow: PlanarFlow, *, backend: str | None = None) -> Tensor:
     """Log-density [S] in nats of samples z [S, Z], float32 or float64; differentiable once in z and the parameters.
 
@@ -52,6 +54,7 @@ def planar_flow_log_prob(z: Tensor, flow: PlanarFlow, *, backend: str | None = N
     return torch.ops.vamoh.planar_flow_log_prob(z, *_constrained(flow), flow.slope, backend)  # type: ignore[no-any-return]
 
 
+@float32_under_autocast
 def planar_flow_expected_log_prob(
     mean: Tensor, std: Tensor, flow: PlanarFlow, noise: Tensor | CounterNoise, *, backend: str | None = None
 ) -> Tensor:
@@ -83,6 +86,7 @@ def planar_flow_expected_log_prob(
     return value
 
 
+@float32_under_autocast
 def planar_flow_sample(noise: Tensor, flow: PlanarFlow, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Samples z [S, Z] made from standard normal noise [S, Z], and their log-density [S] in nats.
 
@@ -185,6 +189,7 @@ def _setup_log_prob(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any,
     ctx.save_for_backward(*tensors)
 
 
+@float32_under_autocast
 def _backward_log_prob(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("planar_flow_log_prob")
     wanted: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
@@ -200,6 +205,7 @@ def _setup_expected(
     ctx.save_for_backward(*output[1:])
 
 
+@float32_under_autocast
 def _backward_expected(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from vamoh._checks import FLOATING, check_tensor
 from vamoh.ops._backend import (
     call_native,
     cuda_unavailable,
+    float32_under_autocast,
     native_unavailable,
     refuse_second_derivatives,
     register,
@@ -20,6 +21,7 @@ from vamoh.ops._backend import (
 )
 
 
+@float32_under_autocast
 def point_conv(
     features: Tensor,
     neighbors: Tensor,
@@ -58,6 +60,7 @@ def point_conv(
     return result
 
 
+@float32_under_autocast
 def neighbor_mean(features: Tensor, neighbors: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean [B, M, C] of point features [B, N, C] over neighbors, int64 [B, M, S], of batch 1 where they are shared.
 
@@ -72,6 +75,7 @@ def neighbor_mean(features: Tensor, neighbors: Tensor, *, backend: str | None = 
     return result
 
 
+@float32_under_autocast
 def neighbor_difference(
     table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor, *, backend: str | None = None
 ) -> Tensor:
@@ -414,6 +418,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output, *tensors)
 
 
+@float32_under_autocast
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("point_conv")
     needed = ctx.needs_input_grad[0]
@@ -427,6 +432,7 @@ def _setup_context_mean(ctx: Any, inputs: tuple[Tensor, Tensor, str | None], out
     ctx.save_for_backward(neighbors)
 
 
+@float32_under_autocast
 def _backward_mean(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("neighbor_mean")
     return torch.ops.vamoh.neighbor_mean_backward(grad, *ctx.saved_tensors, ctx.points, ctx.backend), None, None
@@ -440,6 +446,7 @@ def _setup_context_difference(
     ctx.save_for_backward(neighbors, centroids)
 
 
+@float32_under_autocast
 def _backward_difference(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivatives("neighbor_difference")
     by_table, by_bias = torch.ops.vamoh.neighbor_difference_backward(grad, *ctx.saved_tensors, *ctx.table, ctx.backend)
