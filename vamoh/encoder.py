@@ -141,6 +141,14 @@ class Encoder(nn.Module):
                 self.head.weight[latent_dim:].zero_()
                 self.head.bias[latent_dim:].fill_(INITIAL_LOG_VARIANCE)
 
+    @classmethod
+    def without_weights(cls, stages: Sequence[Stage]) -> Encoder:
+        """An encoder that can find neighbourhoods, and nothing else."""
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder.stages = tuple(stages)
+        return encoder
+
     def _conv_layers(self) -> list[PointConvLayer]:
         return [conv for conv in self.convs if isinstance(conv, PointConvLayer)]
 

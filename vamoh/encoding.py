@@ -28,13 +28,23 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, coord_dim: int, frequencies: int, scale: float, learn: bool) -> None:
         super().__init__()
-        matrix = torch.randn(frequencies, coord_dim) * scale  # [E/2, D], cycles per unit of coordinate
-        self.frequencies: Tensor
+        self._fill(torch.randn(frequencies, coord_dim) * scale, learn)
+
+    @classmethod
+    def of(cls, frequencies: Tensor) -> FourierFeatures:
+        """Fixed features of a copy of these frequencies [E/2, D]."""
+        features = cls.__new__(cls)
+        nn.Module.__init__(features)
+        features._fill(frequencies.detach().clone(), learn=False)
+        return features
+
+    def _fill(self, matrix: Tensor, learn: bool) -> None:
+        self.frequencies: Tensor  # [E/2, D], cycles per unit of coordinate
         if learn:
             self.frequencies = nn.Parameter(matrix)
         else:
             self.register_buffer("frequencies", matrix)
-        self.out_dim = 2 * frequencies if frequencies else coord_dim
+        self.out_dim = 2 * matrix.shape[0] or matrix.shape[1]
         self._cache: ContentCache[Tensor] = ContentCache()
         self._mirrors: ContentCache[Tensor | None] = ContentCache()
         self._tables: ContentCache[Tensor] = ContentCache()

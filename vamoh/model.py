@@ -353,19 +353,17 @@ class VaMoH(nn.Module):
 
     def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
         metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
+        if torch.compiler.is_compiling():
+            coords = points.coords if points.coords.dim() == 3 else points.coords[None]
+            sizes = [size for stage in self.encoder.stages for size in stage[:2]]
+            found = neighborhoods_in_graph(coords.detach(), None if metric is None else metric.detach(), sizes)
+            return tuple(Neighborhood(*pair) for pair in zip(found[::2], found[1::2], strict=True))
         return self._neighborhoods.get((points.coords, points.mask, metric), lambda: self._search_neighborhoods(points))
 
     @torch.no_grad()
     def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
         coords = points.coords if points.coords.dim() == 3 else points.coords[None]
-        if self.neighbor_metric == "raw":
-            return self.encoder.neighborhoods(coords, points.mask)
-        mask = points.mask
-        if mask is not None:
-            coords = coords.expand(len(mask), -1, -1)
-        first = self.encoder.stages[0].centroids
-        metric, table = self.encoding.metric(coords, mask, points.count * first)
-        return self.encoder.neighborhoods(metric, mask, table)
+        return _search(coords, points.mask, self.encoding if self.neighbor_metric == "encoded" else None, self.encoder)
 
     def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
         """q(z) and the encoded coordinates of compacted points."""
@@ -465,6 +463,44 @@ class VaMoH(nn.Module):
             )
         shape: list[int | str | None] = ["M", self.coord_dim] if coords.dim() == 2 else [batch, "M", self.coord_dim]
         check_tensor(where, "coords", coords, shape, like=self.encoder.head.weight)
+
+
+def _search(coords: Tensor, mask: Tensor | None, encoding: FourierFeatures | None, encoder: Encoder) -> Neighborhoods:
+    """Neighbourhoods of points at coords [B|1, N, D], nearest in encoded coordinates or, without encoding, in these."""
+    if encoding is None:
+        return encoder.neighborhoods(coords, mask)
+    if mask is not None:
+        coords = coords.expand(len(mask), -1, -1)
+    metric, table = encoding.metric(coords, mask, coords.shape[1] * encoder.stages[0].centroids)
+    return encoder.neighborhoods(metric, mask, table)
+
+
+_ENCODINGS: ContentCache[FourierFeatures] = ContentCache()
+"""What `neighborhoods_in_graph` remembers, by frequencies: a compiled or exported program has no model to do so."""
+
+
+@torch.library.custom_op("vamoh::neighborhoods", mutates_args=())
+def neighborhoods_in_graph(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
+    """The search of `VaMoH.neighborhoods` as one step of a traced graph, because values decide on its way.
+
+    coords [B|1, N, D], all observed; frequencies [E/2, D], or None for neighbours in raw coordinates; sizes: M and S of
+    every encoder stage in turn. Returns centroids [B|1, M] and neighbors [B|1, M, S], int64, of every stage in turn.
+    """
+    stages = [Stage(m, s, None) for m, s in zip(sizes[::2], sizes[1::2], strict=True)]
+    encoding = None
+    if frequencies is not None:
+        encoding = _ENCODINGS.get((frequencies,), lambda: FourierFeatures.of(frequencies))
+    return [index for hood in _search(coords, None, encoding, Encoder.without_weights(stages)) for index in hood]
+
+
+@neighborhoods_in_graph.register_fake
+def _(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
+    batch, count, _ = coords.shape
+    found = []
+    for m, s in zip(sizes[::2], sizes[1::2], strict=True):
+        count = min(m, count)
+        found += [coords.new_empty((batch, count, *more), dtype=torch.int64) for more in ((), (s,))]
+    return found
 
 
 def _stages(
