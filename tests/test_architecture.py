@@ -34,6 +34,7 @@ KNOWS: dict[str, set[str]] = {
     "data": {"points"},
     "checkpoint": {"config", "model"},
     "train": {"checkpoint", "config", "data", "elbo", "metrics", "model", "points", "runlog"},
+    "export": {"gating", "model", "ops", "points"},
     "evaluate": {"data", "masks", "metrics", "model", "points"},
     "cli": {"commands", "config"},
     "__main__": {"cli"},

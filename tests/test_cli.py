@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vamoh import commands
+from vamoh import PointSet, commands
 from vamoh.cli import COMMANDS, main
 from vamoh.config import PRESETS, load_config
 from vamoh.train import TrainingInterrupted
@@ -166,6 +166,25 @@ def test_evaluate_prints_a_table_and_writes_json(
         assert words in shown
 
 
+def test_export_writes_a_program(
+    image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "program.pt2"
+    arguments = ["export", str(image_run), "--part", "encoder", "--out", str(path)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    model = commands.open_run(image_run, "cpu", 0).model
+    points = PointSet(torch.rand(3, 40, 2), torch.rand(3, 40, 1))
+    mean, _ = torch.export.load(path).module()(points.coords, points.values)
+    torch.testing.assert_close(mean, model.encode(points).mean)
+    assert f"{path} exists" in fails(capsys, *arguments)
+    assert "got 'encoder'" in fails(capsys, *arguments, "--format", "onnx")
+    assert "no checkpoint in" in fails(capsys, "export", str(tmp_path / "none")) and not (tmp_path / "none").exists()
+    monkeypatch.setattr(commands, "export_model", lambda model, path, **options: path)
+    assert main(["export", str(image_run), "--format", "onnx"]) == 0
+    assert capsys.readouterr().out == f"wrote {image_run / 'decoder.onnx'}\n"
+
+
 def test_resume_continues_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny_train("image", tmp_path) == 0
     folder = tmp_path / "run"
@@ -223,7 +242,7 @@ def test_default_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    wanted = [] if name == "info" else ["--out", "--device", "--seed"]
+    wanted = {"info": [], "export": ["--out", "--part", "--format"]}.get(name, ["--out", "--device", "--seed"])
     wanted += [] if name in ("info", "train") else ["RUN"]
     wanted += {"superres": ["--scale"], "complete": ["--mask", "random:RATE"], "sample": ["--count"]}.get(name, [])
     assert all(word in shown for word in wanted)

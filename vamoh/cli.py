@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagConversionOff, Positional, arg
@@ -125,6 +125,22 @@ class Evaluate(_Common):
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write the encoder or the decoder as a program of its own, for any number of functions and points.
+
+    A decoder runs without vamoh, as an ONNX model without torch too (pip install vamoh[export]).
+    """
+
+    run: Run
+    out: Path | None = None
+    """file to write, which must not exist; default: RUN/decoder.pt2, after --part and --format"""
+    part: Literal["encoder", "decoder"] = "decoder"
+    """what to write"""
+    format: Literal["torch", "onnx"] = "torch"
+    """torch: for torch.export.load; onnx: an ONNX model, of the decoder only"""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, devices, threads and the backends of every op."""
 
@@ -137,6 +153,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "complete": Complete,
     "segment": Segment,
     "evaluate": Evaluate,
+    "export": Export,
     "info": Info,
 }
 

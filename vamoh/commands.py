@@ -19,9 +19,11 @@ from torch import Tensor
 
 import vamoh
 from vamoh import checkpoint, figures
+from vamoh._checks import check_choice
 from vamoh.config import Config, load_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
+from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
 from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
@@ -209,6 +211,14 @@ def evaluate(
     )
     path = _save_json(_folder(opened, out) / "evaluation.json", result)
     return f"{table(result)}\n{_written(path)}"
+
+
+def export(run: Path, *, out: Path | None, part: str, format: str) -> str:
+    """Write the encoder or decoder of a run as a program of its own."""
+    check_choice("export", "format", format, list(FORMATS))
+    path, model = run / f"{part}{FORMATS[format]}" if out is None else out, checkpoint.load(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _written(export_model(model, path, part=part, format=format))
 
 
 def info() -> str:

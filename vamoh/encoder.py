@@ -194,7 +194,7 @@ class Encoder(nn.Module):
             else:
                 outputs.append(next(convs)(outputs[-1], encoded, chosen, neighbors, points))
             points = chosen if points is None else _select(points, chosen)
-            if points.shape[1] < encoded.shape[1]:
+            if torch.compiler.is_compiling() or points.shape[1] < encoded.shape[1]:
                 encoded, points = gather(encoded, points), None
         return outputs[1:]
 

@@ -53,6 +53,19 @@ def register(
     _REGISTRY.setdefault(op, []).append(entry)
 
 
+_PLAIN: dict[str, Callable[..., Any]] = {}
+
+
+def register_plain(op: str, function: Callable[..., Any]) -> None:
+    """Give `op` in plain torch for sizes that are not known: `function` takes the arguments of its schema."""
+    _PLAIN[op] = function
+
+
+def plain_torch() -> dict[Any, Callable[..., Any]]:
+    """What to put in place of ops in an exported program, for one that runs without vamoh."""
+    return {getattr(torch.ops.vamoh, op).default: function for op, function in _PLAIN.items()}
+
+
 def resolve(
     op: str,
     device: torch.device,

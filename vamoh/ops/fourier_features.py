@@ -14,6 +14,7 @@ from vamoh.ops._backend import (
     native_isa,
     native_unavailable,
     register,
+    register_plain,
     require_reference,
     resolve,
 )
@@ -71,6 +72,9 @@ def fourier_features_reference(coords: Tensor, frequencies: Tensor) -> Tensor:
     """Plain torch: [..., 2F] from coords [..., D] and frequencies [F, D]."""
     phase = coords @ (2 * math.pi * frequencies).mT
     return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+register_plain("fourier_features", lambda *arguments: fourier_features_reference(*arguments[:-1]))
 
 
 register("fourier_features", "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)

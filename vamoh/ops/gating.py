@@ -23,6 +23,7 @@ from vamoh.ops._backend import (
     native_unavailable,
     refuse_second_derivatives,
     register,
+    register_plain,
     resolve,
 )
 from vamoh.ops._points import check_mask
@@ -399,6 +400,10 @@ def gating_reference(
     """Plain torch: log-probabilities [B, K, N] from coords [B, H, N] or [1, H, N]."""
     _, h = _hidden(coords, shift, values, parameters, widths, slope)
     return (h.tanh() if bounded else h).log_softmax(1)
+
+
+register_plain("gating_coords", lambda encoded, weights, backend: [w @ encoded.mT for w in weights])
+register_plain("gating", lambda *arguments: gating_reference(*arguments[:-1]))
 
 
 def gating_backward_reference(

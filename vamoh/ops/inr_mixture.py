@@ -24,6 +24,7 @@ from vamoh.ops._backend import (
     native_unavailable,
     refuse_second_derivatives,
     register,
+    register_plain,
     require_reference,
     resolve,
     triton_kernels,
@@ -584,12 +585,25 @@ def inr_mixture_mean_reference(
     mean_map = torch.empty_like(mixed)
     log_pi = log_pi.expand(-1, -1, count)
     for part in _chunks(count, batch * components * max(inr.widths[1:])):
-        means = mean(likelihood, inr_mixture_reference(theta, features[..., part, :], inr))  # [B, K, n, C]
-        here = log_pi[..., part]
-        best = here.argmax(1)[:, None, :, None].expand(-1, 1, -1, channels)
-        mixed[:, part] = (here.exp()[..., None] * means).sum(1)
-        mean_map[:, part] = means.gather(1, best)[:, 0]
+        mixed[:, part], mean_map[:, part] = _mean(theta, features[..., part, :], log_pi[..., part], inr, likelihood)
     return mixed, mean_map
+
+
+def _mean(theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    means = mean(likelihood, inr_mixture_reference(theta, features, inr))  # [B, K, N, C]
+    best = log_pi.argmax(1)[:, None, :, None].expand(-1, 1, -1, means.shape[3])
+    return (log_pi.exp()[..., None] * means).sum(1), means.gather(1, best)[:, 0]
+
+
+def _plain_mean(
+    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, widths: Sequence[int], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *activation, likelihood, _ = rest
+    log_pi = log_pi.expand(-1, -1, features.shape[-2])
+    return _mean(theta, features, log_pi, Inr(tuple(widths), *activation), Likelihood(likelihood))
+
+
+register_plain("inr_mixture_mean", _plain_mean)
 
 
 def inr_mixture_log_likelihood_reference(

@@ -13,6 +13,7 @@ from vamoh.ops._backend import (
     native_unavailable,
     refuse_second_derivatives,
     register,
+    register_plain,
     require_reference,
     resolve,
     under_autocast,
@@ -128,6 +129,9 @@ def _run_backward(
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Plain torch: [G, M, O]."""
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+
+register_plain("linear", lambda *arguments: linear_reference(*arguments[:-1]))
 
 
 def _setup_context(
