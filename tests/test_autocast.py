@@ -99,6 +99,29 @@ def test_divergence_of_the_posterior_is_computed_in_float32():
     assert torch.equal(terms.kl_z, posterior.kl_standard())
 
 
+def test_affine_weight_nets_are_computed_in_float32():
+    model, points = VaMoH(**SIZES), cloud()
+    hoods = model.neighborhoods(points)
+    outputs = []
+    for on in (False, True):
+        with autocast(on):
+            outputs.append(model.encoder.stage_outputs(points.values, model.encoding(points.coords)[None], hoods))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype):
+    model, points = VaMoH(**SIZES).cuda(), cloud().to("cuda")
+    noise = model.draw_noise(4)
+    exact = model.elbo(points, noise=noise).elbo
+    with torch.autocast("cuda", dtype):
+        mixed = model.elbo(points, noise=noise)
+    grads = torch.autograd.grad(mixed.loss, list(model.parameters()))
+    assert {t.dtype for t in (mixed.elbo, *grads)} == {torch.float32}
+    assert not torch.equal(mixed.elbo, exact) and close(mixed.elbo, exact, 0.02)
+
+
 def test_half_precision_points_are_refused():
     with (
         pytest.raises(TypeError, match="^PointSet: values must have dtype float32 or float64, got bfloat16"),

@@ -479,7 +479,9 @@ _ENCODINGS: ContentCache[FourierFeatures] = ContentCache()
 """What `neighborhoods_in_graph` remembers, by frequencies: a compiled or exported program has no model to do so."""
 
 
-@torch.library.custom_op("vamoh::neighborhoods", mutates_args=())
+@torch.library.custom_op(
+    "vamoh::neighborhoods", mutates_args=(), schema="(Tensor coords, Tensor? frequencies, int[] sizes) -> Tensor[]"
+)
 def neighborhoods_in_graph(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
     """The search of `VaMoH.neighborhoods` as one step of a traced graph, because values decide on its way.
 
