@@ -105,6 +105,16 @@ def test_noise_drawn_inside_and_optimizer_outside():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
 
 
+def test_masks_break_the_graph_and_nothing_else():
+    torch._dynamo.reset()
+    model, generator = VaMoH(**SIZES), torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 30, generator=generator) < 0.7
+    points = PointSet(cloud(30), torch.rand(3, 30, 1, generator=generator), mask)
+    noise = model.draw_noise(3, generator=generator)
+    compiled = torch.compile(lambda: model.elbo(points, noise=noise).elbo, backend="eager")
+    torch.testing.assert_close(compiled(), model.elbo(points, noise=noise).elbo)
+
+
 def test_search_in_a_graph_is_the_models_own():
     for coords in (cloud(30), grid_coords((6, 5)), cloud(9, 2)):
         for metric in ("encoded", "raw"):

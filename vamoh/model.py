@@ -352,12 +352,18 @@ class VaMoH(nn.Module):
         return self.gating_posterior(features, z, values), self._log_prior_c(features, z)
 
     def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
-        metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and points.mask is None:
+            metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
             coords = points.coords if points.coords.dim() == 3 else points.coords[None]
             sizes = [size for stage in self.encoder.stages for size in stage[:2]]
-            found = neighborhoods_in_graph(coords.detach(), None if metric is None else metric.detach(), sizes)
-            return tuple(Neighborhood(*pair) for pair in zip(found[::2], found[1::2], strict=True))
+            pairs = neighborhoods_in_graph(coords.detach(), None if metric is None else metric.detach(), sizes)
+            return tuple(Neighborhood(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
+        found: Neighborhoods = self._remembered_neighborhoods(points)
+        return found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _remembered_neighborhoods(self, points: PointSet) -> Neighborhoods:
+        metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
         return self._neighborhoods.get((points.coords, points.mask, metric), lambda: self._search_neighborhoods(points))
 
     @torch.no_grad()
