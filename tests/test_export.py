@@ -56,7 +56,9 @@ def decoder(name: str) -> tuple[VaMoH, torch.export.ExportedProgram]:
     """A model and its decoder, exported once for all tests."""
     model = build(name, DECODERS)
     before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
     program = export_decoder(model)
+    assert torch.equal(torch.get_rng_state(), state)
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n][0]) and p.requires_grad == before[n][1]
     return model, program

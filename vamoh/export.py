@@ -70,7 +70,7 @@ def export_encoder(model: VaMoH) -> ExportedProgram:
     model = _copy(model)
     count = max(model.min_points, model.encoder.stages[0].centroids) + 1
     like = model.encoder.head.weight
-    coords, values = (torch.rand(2, count, size).to(like) for size in (model.coord_dim, model.channels))
+    coords, values = (torch.zeros(2, count, size).to(like) for size in (model.coord_dim, model.channels))
     batch, points = Dim("batch", min=1), Dim("points", min=model.min_points)
     return _export(_Encoder(model), (coords, values), ({0: batch, 1: points},) * 2)
 
@@ -83,7 +83,7 @@ def export_decoder(model: VaMoH) -> ExportedProgram:
     """
     model = _copy(model)
     like = model.encoder.head.weight
-    z, coords = torch.rand(2, model.latent_dim).to(like), torch.rand(2, 3, model.coord_dim).to(like)
+    z, coords = torch.zeros(2, model.latent_dim).to(like), torch.zeros(2, 3, model.coord_dim).to(like)
     batch, points = Dim("batch", min=1), Dim("points", min=1)
     program = _export(_Decoder(model), (z, coords), ({0: batch}, {0: batch, 1: points}))
     with _quiet():
