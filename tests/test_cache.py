@@ -79,3 +79,24 @@ def test_results_of_inference_mode_can_be_trained_with():
         cache.get([a(1, 2)], lambda: 2 * a(1, 2))
     (weight * cache.get([a(1, 2)], lambda: 2 * a(1, 2))).sum().backward()
     assert weight.grad.tolist() == [2, 4]
+
+
+def test_elsewhere_the_same_tensor_counts_until_it_is_written_to():
+    """To compare contents would wait for a GPU; "meta" has none to compare."""
+    cache, compute = ContentCache[int](), Counter()
+    key = torch.empty(2, device="meta")
+    assert [cache.get([key, a(1)], compute) for _ in range(2)] == [1, 1]
+    assert cache.get([key, a(2)], compute) == 2
+    assert cache.get([key.clone(), a(1)], compute) == 3
+    assert cache.get([key, a(1)], compute) == 1
+    key.mul_(2)
+    assert cache.get([key, a(1)], compute) == 4
+    with torch.inference_mode():  # no versions there
+        fresh = torch.empty(2, device="meta")
+        assert [cache.get([fresh], compute) for _ in range(2)] == [5, 6]
+
+
+def test_what_is_put_is_found():
+    cache, compute = ContentCache[int](), Counter()
+    cache.put([a(1)], 7)
+    assert cache.get([a(1)], compute) == 7 and compute.calls == 0

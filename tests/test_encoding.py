@@ -126,3 +126,23 @@ def test_metric_overlooks_hidden_points_and_follows_the_frequencies():
     assert torch.equal(places[mask], expected[mask]) and same is table
     encoding.frequencies.mul_(2)
     assert not torch.equal(encoding.metric(coords, None, 0)[1], table)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_copies_bring_what_is_known_of_the_coordinates(monkeypatch, again):
+    encoding, coords = FourierFeatures(2, 4, 2.0, learn=False), grid_coords((5, 6))
+    mask = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) < 0.7
+    each = coords + torch.where(mask[..., None], 0, 0.01)  # what is not observed lies on no lattice
+    plain = FourierFeatures(2, 4, 2.0, learn=False)
+    plain.frequencies.copy_(encoding.frequencies)
+    monkeypatch.setattr("vamoh.encoding.upload", lambda value, device: value.clone())
+    for given, known in ((coords, None), (each, mask)):
+        copies = encoding.copied(given, known, again)
+        assert (encoding.copied(given.clone(), known, again)[0] is copies[0]) == again
+        expected = plain.metric(given, known, 0), plain.mirror(given) if again else None
+        with monkeypatch.context() as patch:
+            for name in ("lattice", "antipodes"):
+                patch.setattr(f"vamoh.encoding.{name}", lambda *_: pytest.fail("looked at the copy"))
+            found = encoding.metric(*copies, 0), encoding.mirror(copies[0])
+        for a, b in zip([*found[0], found[1]], [*expected[0], expected[1]], strict=True):
+            assert a is b is None or torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""A small cache keyed by the content of tensors, so that it can never serve a stale answer."""
+"""A small cache keyed by tensors, so that it can never serve a stale answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+_Known = tuple[Tensor | None, int | None]
+"""A tensor of a key: a copy in host memory; elsewhere the tensor itself and its version."""
 
 
 class ContentCache(Generic[Result]):
-    """Remembers the results of the last `size` distinct keys; a key is a sequence of tensors, compared by value."""
+    """Remembers the results of the last `size` distinct keys; a key is a sequence of tensors.
+
+    Tensors in host memory are compared by value. To look at those of a GPU would wait for it: there the very same
+    tensor counts, unless it was written to since. Writing through `.data` is not noticed.
+    """
 
     def __init__(self, size: int = 4) -> None:
         self._size = size
-        self._entries: list[tuple[tuple[Tensor | None, ...], Result]] = []
+        self._entries: list[tuple[tuple[_Known, ...], Result]] = []
 
     def get(self, key: Sequence[Tensor | None], compute: Callable[[], Result]) -> Result:
         """Return the remembered result for `key`, or compute and remember it."""
@@ -26,15 +32,37 @@ class ContentCache(Generic[Result]):
                 return result
         with torch.inference_mode(False):  # what is remembered may later be trained with
             result = compute()
-        copies = tuple(None if t is None else t.detach().clone() for t in key)
-        self._entries = [*self._entries, (copies, result)][-self._size :]
+        self.put(key, result)
         return result
+
+    def put(self, key: Sequence[Tensor | None], result: Result) -> None:
+        """Remember the result for `key`, which is not remembered yet."""
+        self._entries = [*self._entries, (tuple(map(_known, key)), result)][-self._size :]
 
     def __deepcopy__(self, memo: dict[int, object]) -> ContentCache[Result]:
         return ContentCache(self._size)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+def version(value: Tensor) -> int | None:
+    """Number that grows when the tensor is written to; None where torch keeps none, in inference mode."""
+    return None if value.is_inference() else value._version
+
+
+def _known(value: Tensor | None) -> _Known:
+    if value is None:
+        return None, None
+    return (value.detach().clone(), None) if value.device.type == "cpu" else (value, version(value))
+
+
+def _same(known: _Known, value: Tensor | None) -> bool:
+    held, written = known
+    if held is None or value is None:
+        return held is value
+    if value.device.type != "cpu":
+        return held is value and written is not None and written == version(value)
+    return (
+        held.shape == value.shape
+        and held.dtype == value.dtype
+        and held.device == value.device
+        and torch.equal(held, value)
+    )

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64)
+
+
+class _Trust(threading.local):
+    depth = 0
+
+
+_trust = _Trust()
+
+
+class _Trusted:
+    def __enter__(self) -> None:
+        _trust.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        _trust.depth -= 1
+
+
+def trusted() -> AbstractContextManager[None]:
+    """Leave out checks of contents in this thread: these tensors were made or checked before, and a GPU would wait."""
+    return nullcontext() if torch.compiler.is_compiling() else _Trusted()
+
+
+def may_look(value: Tensor) -> bool:
+    """Whether the contents can be looked at: not while torch.compile traces or a CUDA graph is captured, nor where
+    they are `trusted`.
+    """
+    if torch.compiler.is_compiling() or _trust.depth:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_tensor(
@@ -49,9 +80,9 @@ def check_tensor(
 def check_finite(where: str, name: str, value: Tensor) -> None:
     """Raise ValueError when `value` holds NaN or infinite entries; says how many and where the first is.
 
-    Contents cannot be looked at while torch.compile traces; the check is left out there.
+    Left out where contents cannot be looked at, see `may_look`.
     """
-    if torch.compiler.is_compiling():
+    if not may_look(value):
         return
     bad = ~torch.isfinite(value)
     if bad.any():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vamoh._checks import may_look
 from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
@@ -158,14 +159,22 @@ class Encoder(nn.Module):
         return max(self.stages[-1].centroids, *(stage.neighbors for stage in self.stages))
 
     def neighborhoods(
-        self, metric: Tensor, mask: Tensor | None, table: Tensor | None = None
+        self,
+        metric: Tensor,
+        mask: Tensor | None,
+        table: Tensor | None = None,
+        observed: tuple[int, int] | None = None,
     ) -> tuple[Neighborhood, ...]:
         """One Neighborhood per stage from metric coordinates [B|1, N, E] and mask [B, N] (None: all observed).
 
-        With a table of squared distances, metric holds places in it, see `vamoh.ops.knn`.
+        With a table of squared distances, metric holds places in it, see `vamoh.ops.knn`. observed: the fewest and the
+        most observed points of an item, counted if not given.
         Raises ValueError when an item has fewer than `min_points` observed points.
         """
-        fewest = metric.shape[1] if mask is None else int(mask.sum(-1).min())
+        if observed is None:
+            counts = [metric.shape[1]] if mask is None else mask.sum(-1).tolist()
+            observed = min(counts), max(counts)
+        fewest, most = observed
         if fewest < self.min_points:
             raise ValueError(
                 f"encoder: points must have at least {self.min_points} observed points per function "
@@ -175,7 +184,8 @@ class Encoder(nn.Module):
             metric = metric.expand(mask.shape[0], -1, -1)
         result = []
         for stage in self.stages:
-            centroids = farthest_point_sample(metric, stage.centroids, mask, table=table)  # [B|1, M]
+            most = stage.centroids if mask is None else min(stage.centroids, most)
+            centroids = farthest_point_sample(metric, most, mask, table=table)  # [B|1, M]
             chosen = centroids.clamp(min=0)
             queries = gather(metric, chosen)
             result.append(Neighborhood(centroids, knn(metric, queries, stage.neighbors, mask, table=table)))
@@ -224,7 +234,7 @@ def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[
                     f"{where}: {name} of neighborhoods[{i}] must be int64 with {dim} dimensions and batch 1 or "
                     f"{batch}, got {index.dtype} {list(index.shape)}"
                 )
-            if torch.compiler.is_compiling() or not index.numel():
+            if not (index.numel() and may_look(index)):
                 continue
             low, high = int(index.min()), int(index.max())
             if high >= count or low < (-1 if name == "centroids" else 0):

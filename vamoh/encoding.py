@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
 from vamoh.ops.fourier_features import fourier_features
-from vamoh.points import Lattice, antipodes, lattice
+from vamoh.points import Lattice, antipodes, lattice, upload
 
 _SMALL_TABLE = 1 << 18
 """Entries of a table of displacements that are always worth their computation: the grid of 32^3 voxels has fewer."""
@@ -48,6 +48,8 @@ class FourierFeatures(nn.Module):
         self._cache: ContentCache[Tensor] = ContentCache()
         self._mirrors: ContentCache[Tensor | None] = ContentCache()
         self._tables: ContentCache[Tensor] = ContentCache()
+        self._lattices: ContentCache[Lattice | None] = ContentCache()
+        self._copies: ContentCache[tuple[Tensor, Tensor | None]] = ContentCache()
 
     def forward(self, coords: Tensor) -> Tensor:
         """Encode coords [..., D] of the frequencies' dtype as [..., E]; differentiable."""
@@ -70,9 +72,30 @@ class FourierFeatures(nn.Module):
         """
         if not len(self.frequencies) or coords.dim() != 2 or torch.compiler.is_compiling():
             return None
-        if len(coords) > _REMEMBERED:
+        if len(coords) > _REMEMBERED and coords.device.type == "cpu":
             return antipodes(coords.detach())
         return self._mirrors.get((coords,), lambda: antipodes(coords.detach()))
+
+    def copied(self, coords: Tensor, mask: Tensor | None, again: bool) -> tuple[Tensor, Tensor | None]:
+        """Copies of coords [..., N, D] and mask [..., N] from host memory in that of the frequencies.
+
+        What `mirror` and `metric` find out by looking at them is found here, before: to look at the copies would wait
+        for a GPU. again: the same coordinates will come again; they have one copy then. Otherwise `mirror` is None.
+        """
+        if again:
+            return self._copies.get((coords, mask), lambda: self._copy(coords, mask, again))
+        return self._copy(coords, mask, again)
+
+    def _copy(self, coords: Tensor, mask: Tensor | None, again: bool) -> tuple[Tensor, Tensor | None]:
+        device = self.frequencies.device
+        copies = upload(coords, device), None if mask is None else upload(mask, device)
+        if len(self.frequencies):
+            found = _lattice(coords, mask)
+            found = found and Lattice(upload(found.cells, device), found.sizes, found.step)
+            self._lattices.put(copies, found)
+            mirror = self.mirror(coords) if again else None
+            self._mirrors.put(copies[:1], None if mirror is None else upload(mirror, device))
+        return copies
 
     @torch.no_grad()
     def metric(self, coords: Tensor, mask: Tensor | None, distances: int) -> tuple[Tensor, Tensor | None]:
@@ -85,8 +108,7 @@ class FourierFeatures(nn.Module):
         """
         if not len(self.frequencies):
             return coords, None
-        seen = coords if mask is None else coords.where(mask[..., None], coords[mask][:1])
-        found = lattice(seen)
+        found = self._lattices.get((coords, mask), lambda: _lattice(coords, mask))
         if found is None or found.displacements > min(max(distances, _SMALL_TABLE), _LARGEST_TABLE):
             return self(coords), None
         key = (self.frequencies, torch.tensor(found.sizes), found.step)
@@ -113,3 +135,8 @@ class FourierFeatures(nn.Module):
         table[len(table) // 2] = 0
         squared: Tensor = table.clamp_(min=0).to(self.frequencies.dtype)
         return squared
+
+
+def _lattice(coords: Tensor, mask: Tensor | None) -> Lattice | None:
+    """Lattice of the points that mask [..., N] leaves of coords [..., N, D]; the others count as one of them."""
+    return lattice(coords if mask is None else coords.where(mask[..., None], coords[mask][:1]))

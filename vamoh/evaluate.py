@@ -117,7 +117,7 @@ def evaluate_model(
             collect(**{f"{prefix}rmse": metrics.rmse(mean, target, where, span=span)})
 
     for part in tqdm(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
-        points = dataset.batch(part).to(device)
+        points = model.prepare(dataset.batch(part))
         terms = model.elbo(thin(points, num_points, choice), generator=noise)
         collect(elbo=terms.elbo, log_likelihood=terms.log_likelihood, kl_z=terms.kl_z, kl_c=terms.kl_c)
         mean = model.reconstruct(points, z=infer(model, points, num_points, choice)).mean
@@ -127,7 +127,7 @@ def evaluate_model(
         compare("completion_", mean, points, ~seen if points.mask is None else points.mask & ~seen)
 
     for part in tqdm(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
-        points = thin(dataset.batch(part).to(device), num_points, choice)
+        points = thin(model.prepare(dataset.batch(part)), num_points, choice)
         bound = model.iwae(points, samples=samples, generator=noise, proper=True)
         observed = points.values.new_tensor(points.count) if points.mask is None else points.mask.sum(-1)
         bits = metrics.bits_per_dim(bound * (points.count / observed), points.count, points.channels)

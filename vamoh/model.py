@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
-from vamoh._checks import check_choice, check_positive, check_tensor
+from vamoh._checks import check_choice, check_positive, check_tensor, may_look, trusted
 from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
@@ -22,7 +22,7 @@ from vamoh.ops import CounterNoise
 from vamoh.ops._noise import check_noise
 from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
-from vamoh.points import PointSet
+from vamoh.points import PointSet, upload
 
 Neighborhoods = tuple[Neighborhood, ...]
 
@@ -178,6 +178,25 @@ class VaMoH(nn.Module):
         """Fewest observed points per function that the encoder accepts."""
         return self.encoder.min_points
 
+    def prepare(self, points: PointSet, *, again: bool = True) -> PointSet:
+        """Copy points from host memory to the model's device; nothing waits for a GPU's copy, or looks at it later.
+
+        What `neighborhoods` and `elbo` must know of the contents is looked at here, in host memory. A mask shared by
+        the batch still makes them wait: give `points.compact()`. again: the same coordinates will come again; copy and
+        search them once, and look for opposite points among them.
+        """
+        self._check_points(points, anywhere=True)
+        device = self.encoder.head.weight.device
+        if device.type == "cpu":
+            return points
+        points.value_range()
+        points.observed()
+        own = points.coords.dim() == 3
+        coords, mask = self.encoding.copied(points.coords, points.mask if own else None, again)
+        if not own and points.mask is not None:
+            mask = upload(points.mask, device)
+        return points.copied(coords, upload(points.values, device), mask)
+
     def neighborhoods(self, points: PointSet) -> Neighborhoods:
         """Centroids and neighbours of every encoder stage; remembered for coordinates and masks that come again.
 
@@ -208,7 +227,7 @@ class VaMoH(nn.Module):
         """
         self._check_points(points)
         points = points.compact()
-        self.likelihood.check_values(points.values)
+        self._check_values(points)
         noise = (
             self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
         )
@@ -223,7 +242,7 @@ class VaMoH(nn.Module):
             points.mask,
             self.inr,
             self.likelihood,
-            self.encoding.mirror(points.coords),
+            self._mirror(points),
         )
         estimate = kl_exact if self.kl == "exact" else kl_cross_entropy
         kl_z = estimate(posterior, self._prior_z, noise.kl)
@@ -247,7 +266,7 @@ class VaMoH(nn.Module):
         self._check_points(points)
         check_positive("iwae", "samples", samples)
         points = points.compact()
-        self.likelihood.check_values(points.values)
+        self._check_values(points)
         posterior, features = self._encode(points, neighborhoods)
         log_weights = []
         for _ in range(samples):
@@ -337,7 +356,7 @@ class VaMoH(nn.Module):
         """
         z = self._randn(batch, generator=generator)
         seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else z.device)
-        return Noise(z, CounterNoise(seed.to(z.device), self.kl_samples))
+        return Noise(z, CounterNoise(upload(seed, z.device), self.kl_samples))
 
     @property
     def _prior_z(self) -> NormalPrior | FlowPrior:
@@ -368,8 +387,9 @@ class VaMoH(nn.Module):
 
     @torch.no_grad()
     def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
-        coords = points.coords if points.coords.dim() == 3 else points.coords[None]
-        return _search(coords, points.mask, self.encoding if self.neighbor_metric == "encoded" else None, self.encoder)
+        encoding = self.encoding if self.neighbor_metric == "encoded" else None
+        observed = None if points.mask is None else points.observed()
+        return _search(points.coords, points.mask, observed, encoding, self.encoder)
 
     def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
         """q(z) and the encoded coordinates of compacted points."""
@@ -379,7 +399,14 @@ class VaMoH(nn.Module):
             check_neighborhoods(neighborhoods, self.encoder.stages, points.batch, points.count)
         features = self.encoding.cached(points.coords)
         encoded = features if features.dim() == 3 else features[None]
-        return Posterior.from_logits(self.encoder(points.values, encoded, neighborhoods)), features
+        with trusted():
+            logits = self.encoder(points.values, encoded, neighborhoods)
+        return Posterior.from_logits(logits), features
+
+    def _mirror(self, points: PointSet) -> Tensor | None:
+        """Opposite points; not where a GPU would have to wait to know which of them are observed."""
+        masked = points.mask is not None and points.mask.device.type != "cpu"
+        return None if masked else self.encoding.mirror(points.coords)
 
     def _decode(
         self,
@@ -436,15 +463,20 @@ class VaMoH(nn.Module):
 
     def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         like = self.encoder.head.weight
-        return torch.randn(
+        noise = torch.randn(
             *shape,
             self.latent_dim,
             generator=generator,
             dtype=like.dtype,
             device=generator.device if generator else like.device,
-        ).to(like.device)
+        )
+        return upload(noise, like.device)
 
-    def _check_points(self, points: PointSet) -> None:
+    def _check_values(self, points: PointSet) -> None:
+        if may_look(points.values):
+            self.likelihood.check_values(*points.value_range())
+
+    def _check_points(self, points: PointSet, *, anywhere: bool = False) -> None:
         where, like = "VaMoH", self.encoder.head.weight
         if not isinstance(points, PointSet):
             raise TypeError(f"{where}: points must be a PointSet, got {type(points).__name__}")
@@ -452,7 +484,11 @@ class VaMoH(nn.Module):
             raise ValueError(
                 f"{where}: coords must have D={self.coord_dim} dimensions, got {list(points.coords.shape)}"
             )
-        check_tensor(where, "values", points.values, ["B", "N", self.channels], like=like)
+        shape: list[int | str | None] = ["B", "N", self.channels]
+        if anywhere:
+            check_tensor(where, "values", points.values, shape, dtypes=[like.dtype])
+        else:
+            check_tensor(where, "values", points.values, shape, like=like)
 
     def _check_noise(self, noise: Noise, points: PointSet) -> Noise:
         where, like = "elbo", points.values
@@ -471,14 +507,24 @@ class VaMoH(nn.Module):
         check_tensor(where, "coords", coords, shape, like=self.encoder.head.weight)
 
 
-def _search(coords: Tensor, mask: Tensor | None, encoding: FourierFeatures | None, encoder: Encoder) -> Neighborhoods:
-    """Neighbourhoods of points at coords [B|1, N, D], nearest in encoded coordinates or, without encoding, in these."""
-    if encoding is None:
-        return encoder.neighborhoods(coords, mask)
-    if mask is not None:
-        coords = coords.expand(len(mask), -1, -1)
-    metric, table = encoding.metric(coords, mask, coords.shape[1] * encoder.stages[0].centroids)
-    return encoder.neighborhoods(metric, mask, table)
+def _search(
+    coords: Tensor,
+    mask: Tensor | None,
+    observed: tuple[int, int] | None,
+    encoding: FourierFeatures | None,
+    encoder: Encoder,
+) -> Neighborhoods:
+    """Neighbourhoods of points at coords [N, D] or [B, N, D], nearest in encoded coordinates or, without encoding, in
+    these. mask [B, N]; observed as in `Encoder.neighborhoods`.
+    """
+    metric, table = coords, None
+    if encoding is not None:
+        # shared coordinates have no point that no function observes
+        kept = mask if coords.dim() == 3 else None
+        metric, table = encoding.metric(coords, kept, coords.shape[-2] * encoder.stages[0].centroids)
+    batched = metric if metric.dim() == 3 else metric[None]
+    with trusted():
+        return encoder.neighborhoods(batched, mask, table, observed)
 
 
 _ENCODINGS: ContentCache[FourierFeatures] = ContentCache()
@@ -498,7 +544,7 @@ def neighborhoods_in_graph(coords: Tensor, frequencies: Tensor | None, sizes: Se
     encoding = None
     if frequencies is not None:
         encoding = _ENCODINGS.get((frequencies,), lambda: FourierFeatures.of(frequencies))
-    return [index for hood in _search(coords, None, encoding, Encoder.without_weights(stages)) for index in hood]
+    return [index for hood in _search(coords, None, None, encoding, Encoder.without_weights(stages)) for index in hood]
 
 
 @neighborhoods_in_graph.register_fake

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from vamoh._cache import version
 from vamoh._checks import FLOATING, check_finite, check_positive, check_tensor
 
 
@@ -27,6 +28,10 @@ class PointSet:
     coords: Tensor
     values: Tensor
     mask: Tensor | None = None
+    # What was found by looking at the contents, which would wait for a GPU; with the version of what was looked at.
+    _compact: bool = field(default=False, init=False, repr=False)
+    _range: tuple[int | None, tuple[float, float]] | None = field(default=None, init=False, repr=False)
+    _observed: tuple[int | None, tuple[int, int]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         where = "PointSet"
@@ -51,12 +56,39 @@ class PointSet:
             if self.mask.device != values.device:
                 raise TypeError(f"{where}: mask must be on {values.device}, got {self.mask.device}")
 
-    def _with(self, coords: Tensor, values: Tensor, mask: Tensor | None) -> PointSet:
+    def _with(self, coords: Tensor, values: Tensor, mask: Tensor | None, *, compact: bool = False) -> PointSet:
         """Points made of these, which were checked already: to look at them again would wait for a GPU."""
         derived = object.__new__(type(self))
-        for name, value in (("coords", coords), ("values", values), ("mask", mask)):
+        for name, value in (("coords", coords), ("values", values), ("mask", mask), ("_compact", compact)):
             object.__setattr__(derived, name, value)
         return derived
+
+    def copied(self, coords: Tensor, values: Tensor, mask: Tensor | None) -> PointSet:
+        """The same points in these tensors of another memory, with all that is known of their contents."""
+        copy = self._with(coords, values, mask, compact=self._compact)
+        if self._range is not None:
+            object.__setattr__(copy, "_range", (version(values), self.value_range()))
+        if self._observed is not None:
+            object.__setattr__(copy, "_observed", (None if mask is None else version(mask), self.observed()))
+        return copy
+
+    def value_range(self) -> tuple[float, float]:
+        """Least and largest value, observed or not (0 where there are none); remembered until they are written to."""
+        written = version(self.values)
+        if self._range is None or written is None or self._range[0] != written:
+            low, high = self.values.aminmax() if self.values.numel() else (0.0, 0.0)
+            object.__setattr__(self, "_range", (written, (float(low), float(high))))
+        return self._range[1]  # type: ignore[index]
+
+    def observed(self) -> tuple[int, int]:
+        """Observed points of the function that has the fewest, and of that with the most; remembered likewise."""
+        if self.mask is None:
+            return self.count, self.count
+        written = version(self.mask)
+        if self._observed is None or written is None or self._observed[0] != written:
+            counts = self.mask.sum(-1).flatten().tolist()
+            object.__setattr__(self, "_observed", (written, (min(counts), max(counts))))
+        return self._observed[1]  # type: ignore[index]
 
     @property
     def batch(self) -> int:
@@ -80,12 +112,10 @@ class PointSet:
 
     def to(self, target: torch.device | torch.dtype | str) -> PointSet:
         """Copy to a device, or to a floating dtype (the mask stays bool)."""
-        mask = self.mask
-        if mask is not None and not isinstance(target, torch.dtype):
-            mask = mask.to(target)
         if isinstance(target, torch.dtype):
-            return PointSet(self.coords.to(target), self.values.to(target), mask)
-        return self._with(self.coords.to(target), self.values.to(target), mask)
+            return PointSet(self.coords.to(target), self.values.to(target), self.mask)
+        mask = None if self.mask is None else self.mask.to(target)
+        return self.copied(self.coords.to(target), self.values.to(target), mask)
 
     def with_mask(self, mask: Tensor | None) -> PointSet:
         """Return the same points with another mask, [N] or [B, N] bool."""
@@ -103,13 +133,13 @@ class PointSet:
         With a mask [N] the result holds exactly the observed points, in order, and no mask. With a per-item mask
         [B, N] the points observed by at least one function stay, with values of 0 where they are not observed.
         """
-        if self.mask is None:
+        if self.mask is None or self._compact:
             return self
         any_observed = self.mask if self.mask.dim() == 1 else self.mask.any(0)
         kept = self if bool(any_observed.all()) else self.select(any_observed.nonzero()[:, 0])
         if kept.mask is None or bool(kept.mask.all()):
             return self._with(kept.coords, kept.values, None)
-        return self._with(kept.coords, torch.where(kept.mask[..., None], kept.values, 0), kept.mask)
+        return self._with(kept.coords, torch.where(kept.mask[..., None], kept.values, 0), kept.mask, compact=True)
 
     def drop(self, rate: float, generator: torch.Generator | None = None, at_least: int = 1) -> PointSet:
         """Point dropout: keep each point with probability 1 - rate, one draw shared by the batch (Alg. 1).
@@ -177,6 +207,12 @@ class PointSet:
         return PointSet(
             pad(list(coords), batch_first=True), pad(list(values), batch_first=True), None if mask.all() else mask
         )
+
+
+def upload(value: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from host memory to a device; to a GPU by pinned memory, so that nothing waits for the copy."""
+    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+    return pinned.to(device, non_blocking=pinned is not value)
 
 
 _CHUNK = 1 << 20

@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,8 @@ _FREE = ("steps", "checkpoint_every", "log_every", "evaluate_every", "evaluate_c
 _ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
 # An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
 _MAX_PSNR = 150.0
+_MOST_UNREAD = 1000
+"""Updates on a GPU after which somebody looks at their terms."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -157,6 +160,12 @@ class Trainer:
         self._points = _generator(config.seed, _POINTS)
         self._noise = _generator(config.seed, _NOISE)
         self._order = (-1, self.indices)
+        self._unread: deque[_Line] = deque()
+        self._asynchronous = self.device.type == "cuda"
+        self._beside: torch.cuda.Stream | None = None
+        if self._asynchronous:
+            self._beside = torch.cuda.Stream(self.device)
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
 
     @classmethod
     def resume(
@@ -173,6 +182,7 @@ class Trainer:
 
     def save(self, run_folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint, if the parameters and the bound of a batch are finite; NonFiniteLoss otherwise."""
+        self.check()
         indices = self.indices[: self.batch_size]
         if not all(bool(p.isfinite().all()) for p in self.parameters):
             raise NonFiniteLoss("a parameter", self.steps_done, indices.tolist(), [])
@@ -185,15 +195,17 @@ class Trainer:
         }
         checkpoint.save(run_folder, self.model, self.config, self.steps_done, state)
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> Mapping[str, float]:
         """Do one update and return its line of the log (terms are batch means in nats).
 
-        Raises NonFiniteLoss before a bad update reaches the parameters.
+        Raises NonFiniteLoss before a bad update reaches the parameters. On a GPU it only enqueues: a bad update is left
+        out there, and NonFiniteLoss comes from `check` or from the first look at a term of a line.
         """
         start = time.perf_counter()
         settings, epoch = self.config.train, self.steps_done / self.steps_per_epoch
         indices = self._batch_indices()
-        points = self._thin(self.dataset.batch(indices)).to(self.device)
+        drawn = self._thin(self.dataset.batch(indices))
+        points = self._place(drawn)
         self.model.use_flow = epoch >= settings.flow_warmup
         self.model.use_gating_prior = epoch >= settings.gating_warmup
         beta_z, beta_c = beta_at(settings.beta_z, epoch), beta_at(settings.beta_c, epoch)
@@ -202,23 +214,31 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        half = settings.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             terms = self.model.elbo(points, beta_z=beta_z, beta_c=beta_c, generator=self._noise)
         terms.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
-        result = _batch_means(terms, self.steps_done + 1, indices, norm)
-        self.optimizer.step()
+        facts = {"beta_z": beta_z, "beta_c": beta_c, "lr": lr, "points": drawn.count}
+        if self._asynchronous:
+            line: Mapping[str, float] = self._update_unseen(terms, indices, facts)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
+            result = _batch_means(terms, self.steps_done + 1, indices, norm)
+            self.optimizer.step()
+            epoch = (self.steps_done + 1) / self.steps_per_epoch
+            line = {"step": self.steps_done + 1, "epoch": epoch, **result, **facts}
         self.steps_done += 1
         self.seconds += time.perf_counter() - start
-        return {
-            "step": self.steps_done,
-            "epoch": self.steps_done / self.steps_per_epoch,
-            **result,
-            "beta_z": beta_z,
-            "beta_c": beta_c,
-            "lr": lr,
-            "points": points.count,
-        }
+        return line
+
+    def check(self) -> None:
+        """Wait for the updates enqueued on a GPU; NonFiniteLoss for the first bad one that nobody looked at."""
+        start = time.perf_counter()
+        try:
+            while self._unread:
+                self._unread.popleft().read()
+        finally:
+            self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def evaluate(self, split: str = "validation") -> dict[str, float]:
@@ -228,6 +248,7 @@ class Trainer:
         same `num_points` points, every time; no point dropout.
         Raises ValueError for an empty split, NonFiniteLoss for a bad term.
         """
+        self.check()
         every = self.dataset.splits[split][: self.config.train.evaluate_count]
         if len(every) == 0:
             raise ValueError(f"Trainer.evaluate: split {split} of data set {self.dataset.name} must not be empty")
@@ -262,14 +283,78 @@ class Trainer:
             points = fewer if _fewest(fewer) >= self.model.min_points else points
         return points
 
+    def _place(self, points: PointSet) -> PointSet:
+        """Points on the device. On a GPU they are copied, and neighbours searched, beside the step before."""
+        if not self._asynchronous:
+            return points.to(self.device)
+        settings, beside = self.config.train, self._beside
+        again = settings.num_points is None and settings.point_dropout == 0
+        if beside is not None and self.model.encoding.frequencies.requires_grad:
+            beside.wait_stream(torch.cuda.current_stream(self.device))  # the search reads what the step before trains
+        with torch.cuda.stream(beside):
+            placed = self.model.prepare(points.compact(), again=again)
+            used = [placed.coords, placed.values, placed.mask, self.model.encoding.mirror(placed.coords)]
+            used += [index for hood in self.model.neighborhoods(placed) for index in hood]
+        if beside is not None:
+            main = torch.cuda.current_stream(self.device)
+            main.wait_stream(beside)
+            for tensor in used:
+                if tensor is not None:
+                    tensor.record_stream(main)
+        return placed
+
+    def _update_unseen(self, terms: ElboTerms, indices: Tensor, facts: dict[str, float]) -> _Line:
+        """Clip and update without looking at the device, which leaves out an update whose terms or gradient are bad."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        means = torch.stack([*(value.mean() for value in _terms(terms).values()), norm])
+        optimizer: Any = self.optimizer  # has no such attributes until somebody sets them
+        optimizer.grad_scale = (norm / self.config.train.clip).clamp(min=1)
+        optimizer.found_inf = (~means.isfinite()).any().to(norm.dtype)
+        self.optimizer.step()
+        done = self.steps_done + 1
+        line = _Line(self, done, terms, indices, norm, {"epoch": done / self.steps_per_epoch, **facts})
+        self._unread.append(line)
+        if len(self._unread) > _MOST_UNREAD:
+            self.check()
+        return line
+
     @torch.no_grad()
     def _bound(self, indices: Tensor, generator: torch.Generator) -> tuple[dict[str, float], PointSet]:
         points = self.dataset.batch(indices)
         if self.config.train.num_points is not None:
             points = points.compact().subsample(self.config.train.num_points, generator)
-        points = points.to(self.device)
+        points = self.model.prepare(points, again=self.config.train.num_points is None)
         terms = self.model.elbo(points, generator=generator)
         return _batch_means(terms, self.steps_done, indices), points
+
+
+class _Line(Mapping[str, float]):
+    """The line of the log of an update that a GPU may not have done yet; a look at a term waits for it.
+
+    facts: what is known without.
+    """
+
+    def __init__(
+        self, trainer: Trainer, step: int, terms: ElboTerms, indices: Tensor, norm: Tensor, facts: dict[str, float]
+    ) -> None:
+        self._trainer, self._step, self._indices = trainer, step, indices
+        self._values = {**_terms(terms), "grad_norm": norm}
+        self._known = {"step": step, **facts}
+
+    def read(self) -> None:
+        """Fetch the terms; NonFiniteLoss for a bad one."""
+        self._known.update(_finite_means(self._values, self._step, self._indices))
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self._known and name in self._values:
+            self._trainer.check()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._known, **self._values})
+
+    def __len__(self) -> int:
+        return len({**self._known, **self._values})
 
 
 def beta_at(config: BetaConfig, epoch: float) -> float:
@@ -285,7 +370,7 @@ def beta_at(config: BetaConfig, epoch: float) -> float:
 
 def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -> None:
     settings = trainer.config.train
-    logged_step, logged_seconds = trainer.steps_done, trainer.seconds
+    logged_step, logged_seconds, shown = trainer.steps_done, trainer.seconds, -math.inf
 
     def record(split: str, values: Mapping[str, float]) -> None:
         log.write({"split": split, **values})
@@ -305,10 +390,13 @@ def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -
         while trainer.steps_done < settings.steps:
             values = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == settings.steps
-            terms = {name: f"{values[name]:.1f}" for name in ("elbo", "log_likelihood", "kl_z", "kl_c")}
-            bar.set_postfix(terms, refresh=False)
+            reported = step % settings.log_every == 0 or step == 1 or last
+            if reported or time.monotonic() > shown + 0.5:  # to look at a term waits for a GPU
+                terms = {name: f"{values[name]:.1f}" for name in ("elbo", "log_likelihood", "kl_z", "kl_c")}
+                bar.set_postfix(terms, refresh=False)
+                shown = time.monotonic()
             bar.update()
-            if step % settings.log_every == 0 or step == 1 or last:
+            if reported:
                 data = (step - logged_step) * trainer.batch_size
                 rate = data / max(trainer.seconds - logged_seconds, 1e-9)
                 record("train", {**values, "seconds": trainer.seconds, "datum_per_second": rate})
@@ -359,16 +447,22 @@ def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:
 
 def _batch_means(terms: ElboTerms, step: int, indices: Tensor, norm: Tensor | None = None) -> dict[str, float]:
     """Means of the terms [B] and the gradient norm, fetched from the device at once; NonFiniteLoss for a bad one."""
+    return _finite_means({**_terms(terms), **({} if norm is None else {"grad_norm": norm})}, step, indices)
+
+
+def _terms(terms: ElboTerms) -> dict[str, Tensor]:
     values = {"elbo": terms.elbo, "log_likelihood": terms.log_likelihood, "kl_z": terms.kl_z, "kl_c": terms.kl_c}
-    if norm is not None:
-        values["grad_norm"] = norm
-    means = torch.stack([value.detach().mean() for value in values.values()]).tolist()
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _finite_means(values: dict[str, Tensor], step: int, indices: Tensor) -> dict[str, float]:
+    means = torch.stack([value.mean() for value in values.values()]).tolist()
     result = dict(zip(values, means, strict=True))
     bad = [name for name, mean in result.items() if not math.isfinite(mean)]
     if bad:
         # The bound and the gradient are bad whenever a term is; name the term.
         cause = next((name for name in bad if name not in ("elbo", "grad_norm")), bad[0])
-        where = ~values[cause].detach().isfinite().cpu() if cause != "grad_norm" else torch.ones(len(indices)).bool()
+        where = ~values[cause].isfinite().cpu() if cause != "grad_norm" else torch.ones(len(indices)).bool()
         raise NonFiniteLoss(cause, step, indices.tolist(), indices[where].tolist())
     return result
 

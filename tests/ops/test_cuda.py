@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vamoh.ops import farthest_point_sample, knn, point_conv, status
+from vamoh._checks import trusted
+from vamoh.ops import farthest_point_sample, knn, neighbor_difference, neighbor_mean, point_conv, status
 from vamoh.ops._backend import cuda_unavailable, native
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +182,39 @@ def test_distances_are_not_contracted(tmp_path, op):
     subprocess.run([nvcc, "-std=c++17", "-O3", "-arch=compute_80", "-ptx", source, "-o", code], check=True)
     used = set(re.findall(r"\b((?:fma|mad|add|sub|mul)[\w.]*\.f(?:32|64))\b", code.read_text()))
     assert used == {f"{step}.rn.f{bits}" for step in ("add", "sub", "mul") for bits in (32, 64)}
+
+
+class Unread(TorchDispatchMode):
+    """Refuses to read contents, for which the host would wait; looks into the ops of vamoh too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vamoh":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_calls_of_the_model_only_enqueue(cuda_on_host):
+    points = torch.randn(2, 12, 3)
+    mask = torch.arange(24).reshape(2, 12) % 3 != 1
+    places, table = torch.randint(0, 4, (2, 12, 1)), torch.rand(7)
+
+    def calls():
+        for m in (None, mask):
+            farthest_point_sample(points, 5, m, backend="cuda")
+            knn(points, points[:, :4], 5, m, backend="cuda")
+        farthest_point_sample(places, 5, table=table, backend="cuda")
+        neighbors = knn(places, places[:, :4], 5, table=table, backend="cuda")
+        leaf, linear, bias = points.clone().requires_grad_(), torch.randn(7, 18, requires_grad=True), torch.zeros(6)
+        weights = neighbor_difference(torch.randn(2, 12, 6, requires_grad=True), neighbors, neighbors[..., 0], bias)
+        out = point_conv(leaf, neighbors, weights, linear, linear[:, 0], 0.2, backend="cuda")
+        (out.sum() + neighbor_mean(leaf, neighbors, backend="cuda").sum()).backward()
+
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Unread():
+        calls()
+    with trusted(), Unread():
+        calls()
 
 
 @pytest.fixture

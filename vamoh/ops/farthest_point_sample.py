@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vamoh._checks import check_positive
+from vamoh._checks import check_positive, may_look
 from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
 
@@ -32,7 +32,8 @@ def farthest_point_sample(
     coords are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to a point q taken is
     table[T // 2 + p - q]: `vamoh.points.Lattice` makes both.
 
-    With a mask, M depends on its values: that breaks the graph of `torch.compile`.
+    With a mask, M depends on its values: that breaks the graph of `torch.compile`. Where they cannot be looked at, as
+    in a CUDA graph, M = min(num_samples, N).
     Raises TypeError or ValueError naming the argument, ValueError for an item without candidates.
     """
     where = "farthest_point_sample"
@@ -64,7 +65,7 @@ def _fake(coords: Tensor, mask: Tensor | None, num_samples: int, *_: object) -> 
 @torch.library.impl("vamoh::farthest_point_sample", "CompositeExplicitAutograd")
 def _run(coords: Tensor, mask: Tensor | None, num_samples: int, table: Tensor | None, backend: str | None) -> Tensor:
     batch, points, _ = coords.shape
-    counts = [points] * batch if mask is None else mask.sum(1).tolist()
+    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [points] * batch
     if 0 in counts:
         name, item = ("coords", "") if mask is None else ("mask", f" in item {counts.index(0)}")
         raise ValueError(f"farthest_point_sample: {name} must leave at least one candidate, got none{item}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vamoh._checks import check_positive, check_tensor
+from vamoh._checks import check_positive, check_tensor, may_look
 from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
 
@@ -78,7 +78,7 @@ def _run(
     backend: str | None,
 ) -> Tensor:
     batch, count, _ = points.shape
-    counts = [count] * batch if mask is None else mask.sum(1).tolist()
+    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [count] * batch
     fewest = min(counts, default=num_neighbors)
     if fewest < num_neighbors:
         item = "" if mask is None else f" in item {counts.index(fewest)}"

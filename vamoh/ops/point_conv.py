@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vamoh._checks import FLOATING, check_tensor
+from vamoh._checks import FLOATING, check_tensor, may_look
 from vamoh.ops._backend import (
     call_native,
     cuda_unavailable,
@@ -407,7 +407,7 @@ def _difference_sizes(out: Tensor, neighbors: Tensor, batch: int, points: int) -
 
 def _check_range(where: str, index: Tensor, points: int, name: str = "neighbors") -> None:
     """A kernel would read anywhere."""
-    if index.numel():
+    if index.numel() and may_look(index):
         low, high = (int(i) for i in index.aminmax())
         if low < 0 or high >= points:
             raise ValueError(f"{where}: {name} must index the {points} points, got {low if low < 0 else high}")
