@@ -227,7 +227,7 @@ class Baseline(nn.Module):
 
     def _flow_log_prob(self, z: Tensor) -> Tensor:
         """Log-density [S] of samples z [S, Z], with the per-sample vectors leak·û of every layer."""
-        log_det = torch.zeros(len(z), dtype=z.dtype)
+        log_det = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         for u, w, b in zip(reversed(self.u), reversed(self.w), reversed(self.b), strict=True):
             inner = (w * u).sum()
             u_hat = u + (F.softplus(inner) - 1 - inner) * w / w.square().sum()
@@ -266,15 +266,15 @@ def _first_layer(net: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _take(points: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, ...] of points [B, N, C], by advanced indexing."""
-    items = torch.arange(len(index)).view(-1, *(1,) * (index.dim() - 1))
+    items = torch.arange(len(index), device=index.device).view(-1, *(1,) * (index.dim() - 1))
     return points[items, index]
 
 
 def _farthest(points: Tensor, count: int) -> Tensor:
     """Farthest-point sampling [1, count] of points [1, N, E], from the first point; in order if it is all of them."""
     if count == points.shape[1]:
-        return torch.arange(count)[None]
-    chosen = torch.zeros(1, count, dtype=torch.int64)
+        return torch.arange(count, device=points.device)[None]
+    chosen = torch.zeros(1, count, dtype=torch.int64, device=points.device)
     nearest = points.new_full(points.shape[:2], math.inf)
     for i in range(1, count):
         distance = torch.linalg.vector_norm(points - points[:, chosen[0, i - 1]][:, None], dim=-1)

@@ -140,19 +140,33 @@ class Draw(NamedTuple):
 class Case:
     """A model of a preset with synthetic data of its shape: random 8-bit values, or voxels of 0 and 1."""
 
-    def __init__(self, name: str, *, batch: int | None = None, points: int | None = None, **sizes: object) -> None:
-        """batch: default the preset's of BATCH. points: use only that many of the grid's, drawn once."""
-        self.name, self.batch, self.config = name, batch or BATCH[name], config(name, **sizes)
-        self.model: VaMoH = new_model(self.config, len(SHAPE[name]) + (name == "era5"), CHANNELS[name])
+    def __init__(
+        self,
+        name: str,
+        *,
+        batch: int | None = None,
+        points: int | None = None,
+        shape: tuple[int, ...] | None = None,
+        device: torch.device | str = "cpu",
+        **sizes: object,
+    ) -> None:
+        """batch: default the preset's of BATCH. points: use only that many of the grid's, drawn once.
+
+        shape: of another grid than the preset's.
+        """
+        self.name, self.batch, self.config, self.device = name, batch or BATCH[name], config(name, **sizes), device
+        model = new_model(self.config, len(SHAPE[name]) + (name == "era5"), CHANNELS[name])
+        self.model: VaMoH = model.to(device)
         generator = torch.Generator().manual_seed(0)
         levels = 1 if name == "shapenet" else 255
-        shape = (self.batch, CHANNELS[name], *SHAPE[name])
-        values = torch.randint(0, levels + 1, shape, generator=generator) / levels
-        self.points = PointSet.from_grid(values, coordinates(name))
+        sized = (self.batch, CHANNELS[name], *(shape or SHAPE[name]))
+        values = torch.randint(0, levels + 1, sized, generator=generator) / levels
+        drawn_from = PointSet.from_grid(values, coordinates(name) if shape is None else grid_coords(shape))
         # Clouds that are drawn anew in every step; a fixed cloud has its neighbours cached by every contestant.
         self.drawn = self.config.train.num_points
         if points is not None:
-            self.drawn, self.points = None, self.points.subsample(points, generator)
+            self.drawn, drawn_from = None, drawn_from.subsample(points, generator)
+        self.host, self.points = drawn_from, self.model.prepare(drawn_from)
         self._baseline: Baseline | None = None
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: set[int] = set()
@@ -178,7 +192,7 @@ class Case:
 
     def draw(self) -> Draw:
         """Observed points and noise for every contestant."""
-        index = None if self.drawn is None else self._draw_points()
+        index = None if self.drawn is None else self._draw_points().to(self.device)
         return Draw(index, self.model.draw_noise(self.batch))
 
     def observed(self, draw: Draw) -> PointSet:
@@ -192,16 +206,18 @@ class Case:
         """Loss by the public API; without `draw` a training step's own draws and neighbour search."""
         if draw is not None:
             return self.model.elbo(self.observed(draw), noise=draw.noise, neighborhoods=hoods).loss
-        points = self.points if self.drawn is None else self.points.subsample(self.drawn)
+        points = self.points
+        if self.drawn is not None:
+            points = self.model.prepare(self.host.subsample(self.drawn), again=False)
         return self.model.elbo(points, noise=self.model.draw_noise(self.batch)).loss
 
     def theirs(self, draw: Draw | None = None, hoods: Neighborhoods | None = None) -> Tensor:
         """Loss by the baseline; the mask picks from the whole grid, decoded or not."""
         z, kl = self._noise() if draw is None else draw.tensors()
-        mask = torch.ones(self.points.count, dtype=torch.bool)
+        mask = torch.ones(self.points.count, dtype=torch.bool, device=self.device)
         if self.drawn is not None:
             mask = torch.zeros_like(mask)
-            mask[self._draw_points() if draw is None else draw.index] = True
+            mask[self._draw_points().to(self.device) if draw is None else draw.index] = True
         return self.baseline.loss(self.points.coords, self.points.values, mask, z, kl, hoods)
 
     def plain(self, draw: Draw | None = None, hoods: Neighborhoods | None = None) -> Tensor:
@@ -209,7 +225,7 @@ class Case:
         z, kl = self._noise() if draw is None else draw.tensors()
         points = self.points
         if self.drawn is not None:
-            points = points.select(self._draw_points() if draw is None else draw.index)
+            points = points.select(self._draw_points().to(self.device) if draw is None else draw.index)
         if hoods is None and self.drawn is None:
             hoods = self.model.neighborhoods(points)
         elif hoods is None:
@@ -218,13 +234,13 @@ class Case:
         run = self._compiled or plain_loss
         return run(self.model, points.coords, points.values, tuple(map(tuple, hoods)), z, kl)
 
-    def compile(self, seconds: float) -> None:
+    def compile(self, seconds: float, mode: str | None = None) -> None:
         """Compile `plain` and its backward for the present sizes. Raises TooSlow, or what torch.compile raises."""
         if self.model.kl_samples in self._compiled_for:
             return
         if self._compiled is None:
             torch._dynamo.reset()
-            self._compiled = torch.compile(plain_loss, dynamic=False, fullgraph=True)
+            self._compiled = torch.compile(plain_loss, dynamic=False, fullgraph=True, mode=mode)
         try:
             with time_limit(seconds):
                 self.plain().backward()
@@ -245,7 +261,8 @@ class Case:
 
     def _noise(self) -> tuple[Tensor, Tensor]:
         latent = self.model.latent_dim
-        return torch.randn(self.batch, latent), torch.randn(self.model.kl_samples, self.batch, latent)
+        shape = (self.model.kl_samples, self.batch, latent)
+        return torch.randn(shape[1:], device=self.device), torch.randn(shape, device=self.device)
 
 
 class TrainStep:
@@ -292,8 +309,8 @@ class Reconstruct:
 
     def __init__(self, case: Case, batch: int, scale: int) -> None:
         self.case, self.values = case, case.points.values[:batch]
-        self.coords, self.out = case.points.coords, coordinates(case.name, scale)
-        self.at = positions(case.name, scale)
+        self.coords, self.out = case.points.coords, coordinates(case.name, scale).to(case.device)
+        self.at = positions(case.name, scale).to(case.device)
         self.sizes = sizes(case.config, case.points.channels, case.points.count, batch)
         self.mirrored = symmetric(self.out)
         self._calls = 0

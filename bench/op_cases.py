@@ -66,7 +66,7 @@ class Preset:
 
     def coords(self) -> Tensor:
         """Observed points [N, D]."""
-        coords = coordinates(self.name)
+        coords = coordinates(self.name).to(torch.get_default_device())
         if len(coords) == self.sizes.points:
             return coords
         return coords[torch.randperm(len(coords), generator=_generator())[: self.sizes.points].sort().values]
@@ -135,12 +135,12 @@ def _farthest_point_sample(p: Preset) -> Iterator[OpCase]:
     if table is None:
         return
     count = counts.farthest_point_sample_by_table(1, stage.points, len(table), stage.centroids)
-    yield OpCase(
-        p.name,
-        "farthest_point_sample_by_table",
-        lambda: (lambda: ops.farthest_point_sample(places, stage.centroids, table=table), ()),
-        count,
-    )
+
+    def by_table() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        places, table = p.metric(stage.points)
+        return lambda: ops.farthest_point_sample(places, stage.centroids, table=table), ()
+
+    yield OpCase(p.name, "farthest_point_sample_by_table", by_table, count)
 
 
 def _knn(p: Preset) -> Iterator[OpCase]:
@@ -155,13 +155,14 @@ def _knn(p: Preset) -> Iterator[OpCase]:
     places, table = p.metric(stage.points)
     if table is None:
         return
-    queries = places[: stage.centroids].contiguous()
-    yield OpCase(
-        p.name,
-        "knn_by_table",
-        lambda: (lambda: ops.knn(places, queries, stage.neighbors, table=table), ()),
-        counts.knn_by_table(1, stage.points, stage.centroids, len(table), stage.neighbors),
-    )
+
+    def by_table() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+        places, table = p.metric(stage.points)
+        queries = places[: stage.centroids].contiguous()
+        return lambda: ops.knn(places, queries, stage.neighbors, table=table), ()
+
+    count = counts.knn_by_table(1, stage.points, stage.centroids, len(table), stage.neighbors)
+    yield OpCase(p.name, "knn_by_table", by_table, count)
 
 
 def _point_conv(p: Preset) -> Iterator[OpCase]:
@@ -265,19 +266,19 @@ def _inr_mixture(p: Preset) -> Iterator[OpCase]:
         return torch.full((s.components, CHANNELS[p.name]), 0.1)
 
     def expected() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        theta, values, (features, mirror) = p.theta(), p.values(), p.encoded()
+        theta, values, (features, mirror), width = p.theta(), p.values(), p.encoded(), scale()
         weights = torch.rand(s.batch, s.components, s.points, generator=_generator()).softmax(1).requires_grad_()
 
         def call() -> Tensor:
             run = ops.inr_mixture_expected_log_likelihood
-            return run(theta, features, values, weights, scale(), p.inr, kind, mirror=mirror)[0]
+            return run(theta, features, values, weights, width, p.inr, kind, mirror=mirror)[0]
 
         return call, [theta, weights]
 
     def log_likelihood() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        theta, values, (features, mirror) = p.theta().detach(), p.values(), p.encoded()
+        theta, values, (features, mirror), width = p.theta().detach(), p.values(), p.encoded(), scale()
         run = ops.inr_mixture_log_likelihood
-        return lambda: run(theta, features, values, scale(), p.inr, kind, mirror=mirror), ()
+        return lambda: run(theta, features, values, width, p.inr, kind, mirror=mirror), ()
 
     def logits() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
         theta, (features, mirror) = p.theta().detach(), p.encoded()
@@ -357,4 +358,4 @@ def _neighbors(stage: counts.Conv) -> tuple[Tensor, Tensor]:
 
 
 def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator(torch.get_default_device()).manual_seed(0)

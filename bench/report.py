@@ -1,4 +1,4 @@
-"""One Markdown table from the JSON of pytest-benchmark.
+"""One Markdown table from the JSON of pytest-benchmark, or from the JSON lines of `bench.gpu`.
 
 python -m bench.report results.json ... > table.md
 """
@@ -25,6 +25,8 @@ HEADER = (
     "MB: ours, oracle, baseline",
 )
 OTHERS = ("oracle", "compile", "baseline")
+GRAPH = ("graph", "roofline")
+"""Columns of results from a GPU alone."""
 
 
 def report(results: Iterable[dict[str, Any]]) -> str:
@@ -32,25 +34,39 @@ def report(results: Iterable[dict[str, Any]]) -> str:
     facts: list[str] = []
     rows: dict[tuple[Any, ...], tuple[str, ...]] = {}
     left_out: dict[str, list[str]] = {}
+    notes: list[str] = []
+    results = list(results)
+    wide = any(
+        "roofline" in b["extra_info"] or "graph" in b["extra_info"].get("contestants", {})
+        for result in results
+        for b in result["benchmarks"]
+    )
+    header = HEADER + GRAPH if wide else HEADER
     for result in results:
+        notes += result.get("notes", [])
         fact = _facts(result)
         if fact not in facts:
             facts.append(fact)
         for benchmark in result["benchmarks"]:
             extra = benchmark["extra_info"]
-            if "contestants" in extra:
+            if "contestants" in extra or "memory" in extra:
                 key = (extra["preset"], extra["what"], extra.get("batch"))
-                rows[key] = _row(extra)
-                for name, reason in extra["left_out"].items():
+                rows[key] = _row(extra) + (_graph(extra) if wide else ())
+                for name, reason in extra.get("left_out", {}).items():
                     left_out.setdefault(f"{name}: {reason}", []).append(f"{key[0]}, {key[1]}")
-    lines = [*(f"{fact}  " for fact in facts), "", _line(HEADER), _line(["---"] * len(HEADER))]
+    lines = [*(f"{fact}  " for fact in facts), "", _line(header), _line(["---"] * len(header))]
     lines += map(_line, rows.values())
     lines += [
         "",
         "Oracle, compile and baseline: median of the ratios to ours, round by round; above 1 ours is faster.",
         "n: rounds, if under 5.",
     ]
+    if wide:
+        lines.append(
+            "Graph: time of ours replayed as a CUDA graph over that of ours. Roofline: least time over time taken."
+        )
     lines += [f"Left out, {what} ({'; '.join(where)})." for what, where in left_out.items()]
+    lines += notes
     return "\n".join(lines) + "\n"
 
 
@@ -64,8 +80,8 @@ def _facts(result: dict[str, Any]) -> str:
 
 
 def _row(extra: dict[str, Any]) -> tuple[str, ...]:
-    contestants = extra["contestants"]
-    own = next(iter(contestants))
+    contestants = extra.get("contestants", {})
+    own = next(iter(contestants), None)
     what = extra["what"]
     if "exponent" in extra:
         times = ", ".join(f"{name}: {of['seconds'] * 1e3:.4g}" for name, of in reversed(contestants.items()))
@@ -75,13 +91,51 @@ def _row(extra: dict[str, Any]) -> tuple[str, ...]:
         extra["preset"],
         what,
         str(extra.get("batch", "")),
-        f"{contestants[own]['seconds'] * 1e3:.4g}",
+        "" if own is None else f"{contestants[own]['seconds'] * 1e3:.4g}",
         *(_ratio(contestants.get(name)) for name in OTHERS),
         _number(extra.get("gflops")),
         _percent(extra.get("share_fma")),
         _percent(extra.get("share_copy")),
         ", ".join(_number(memory.get(name)) or "-" for name in ("ours", "oracle", "baseline")) if memory else "",
     )
+
+
+def _graph(extra: dict[str, Any]) -> tuple[str, ...]:
+    return _ratio(extra.get("contestants", {}).get("graph")), _percent(extra.get("roofline"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file as `report` takes it; JSON lines, torn at the end or not, are brought into that form."""
+    if path.suffix != ".jsonl":
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end is torn
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in map(json.loads, whole):
+        lines.setdefault(line["kind"], []).append(line)
+    of = lines["environment"][0]
+    driver = f", driver {of['driver']}" if of.get("driver") else ""
+    machine = {"processor": of["device_name"] + driver, "version": of["versions"]["torch"]}
+    notes = []
+    if "peaks" in lines:
+        peaks = lines["peaks"][-1]
+        rates = ", ".join(f"{name} {peaks[name] / 1e3:.4g} TFLOP/s" for name in ("fp32", "tf32", "bf16"))
+        notes.append(f"Ceilings: {rates}, copy {peaks['copy']:.4g} GB/s; FMA peak: {peaks['flops'] / 1e3:.4g} TFLOP/s.")
+    checks = lines.get("check", [])
+    notes.append(f"Checks: {sum(c['right'] for c in checks)} of {len(checks)} right.")
+    notes += [f"WRONG: {c['preset']}, {c['what']}: {json.dumps(c['errors'])}." for c in checks if not c["right"]]
+    notes += [f"Failed, {f['job']}: {f['error']}." for f in lines.get("failed", [])]
+    skipped: dict[str, list[str]] = {}
+    for line in lines.get("skipped", []):
+        skipped.setdefault(line["why"], []).append(line["job"])
+    notes += [f"Not measured, {why}: {', '.join(jobs)}." for why, jobs in skipped.items()]
+    measured = [*lines.get("measurement", []), *lines.get("memory", [])]
+    return {
+        "machine_info": {"torch": {**machine, "cpus": of["cpus"], "threads": of["threads"]}},
+        "commit_info": {"id": of["commit"], "dirty": of["dirty"]},
+        "datetime": of["time"],
+        "benchmarks": [{"extra_info": m} for m in measured],
+        "notes": notes,
+    }
 
 
 def _ratio(of: dict[str, float] | None) -> str:
@@ -105,7 +159,7 @@ def main(paths: Sequence[str]) -> int:
     if not paths:
         print(__doc__, file=sys.stderr)
         return 2
-    print(report(json.loads(Path(path).read_text(encoding="utf-8")) for path in paths), end="")
+    print(report(map(read, map(Path, paths))), end="")
     return 0
 
 
