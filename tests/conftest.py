@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("vamoh", derandomize=True, deadline=None, database=None)
 settings.load_profile("vamoh")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's deterministic mode asks for it on a GPU
 
 
 @pytest.fixture(autouse=True)

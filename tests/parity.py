@@ -35,23 +35,23 @@ LIKELIHOODS = {"logistic": "logistic", "ber": "bernoulli", "cb": "continuous_ber
 
 
 class Case:
-    """One file: its arrays, the model with its weights, and its data as points."""
+    """One file: its arrays, the model with its weights, and its data as points, on a device."""
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         with np.load(path) as file:
             self.arrays = {name: file[name] for name in file.files}
         self.meta: dict[str, Any] = json.loads(str(self.arrays["meta_json"]))
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         values = self.arrays["data/batch"]
         if self.meta["task"] == "era":
             values = values[:, 2:3]
         self.shape = values.shape[2:]
-        self.points = PointSet.from_grid(torch.from_numpy(values).to(dtype), self.tensor("coords"))
-        self.model = self._build().to(dtype)
+        self.points = PointSet.from_grid(torch.from_numpy(values).to(device, dtype), self.tensor("coords"))
+        self.model = self._build().to(device, dtype)
 
     def tensor(self, name: str) -> Tensor:
         """An array of the file, floating arrays in the case's dtype."""
-        array = torch.from_numpy(self.arrays[name])
+        array = torch.from_numpy(self.arrays[name]).to(self.device)
         return array.to(self.dtype) if array.is_floating_point() else array
 
     def neighborhoods(self, prefix: str) -> Neighborhoods:
@@ -327,7 +327,7 @@ def _reconstructions(case: Case, prefix: str) -> Iterator[tuple[Any, ...]]:
     out_shape = case.arrays[f"{prefix}/mean"].shape[2:]
     step = -(-out_shape[0] // case.shape[0])
     index = torch.arange(int(np.prod(out_shape))).reshape(out_shape)
-    at = index[tuple(slice(None, None, step) for _ in out_shape)].flatten()
+    at = index[tuple(slice(None, None, step) for _ in out_shape)].flatten().to(case.device)
     points = case.points.with_mask(case.tensor(f"{prefix}/mask").flatten())
     hoods = case.neighborhoods(prefix)
     yield "z_mean", case.model.encode(points, neighborhoods=hoods).mean
@@ -359,7 +359,8 @@ def error(stage: Stage, reference: Tensor) -> float:
         return float("inf")
     if not reference.numel():
         return 0.0
-    excess = ((stage.ours.detach().double() - reference.double()).abs() - stage.doubt).clamp(min=0).max()
+    doubt = stage.doubt.cpu() if isinstance(stage.doubt, Tensor) else stage.doubt
+    excess = ((stage.ours.detach().double().cpu() - reference.double()).abs() - doubt).clamp(min=0).max()
     return float(excess / reference.double().abs().max().clamp(min=1e-300))
 
 

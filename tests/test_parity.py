@@ -26,9 +26,12 @@ parity = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(parity)
 
 
+PLACES = pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
 @cache
-def compared(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, list[Any]]:
-    case = parity.Case(SCRIPT.parent / "golden" / f"{name}.npz", dtype)
+def compared(name: str, dtype: torch.dtype = torch.float64, place: str = "cpu") -> tuple[Any, list[Any]]:
+    case = parity.Case(SCRIPT.parent / "golden" / f"{name}.npz", dtype, place)
     return case, list(parity.compare(case))
 
 
@@ -36,9 +39,10 @@ def test_all_reference_files_are_here():
     assert NAMES == ["celebahq_tiny", "chairs_tiny", "era_tiny", "polymnist_tiny", "shapes_tiny"]
 
 
+@PLACES
 @pytest.mark.parametrize("name", NAMES)
-def test_every_stage_and_gradient(name):
-    _, stages = compared(name)
+def test_every_stage_and_gradient(name, place):
+    _, stages = compared(name, place=place)
     errors = {stage.name: parity.error(stage, reference) for stage, reference in stages}
     gradients = {n for n in errors if "/grad_" in n}
     assert len(gradients) > 50
@@ -66,18 +70,19 @@ def test_nothing_in_a_file_is_passed_over(name):
 
 
 def ratio(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm()) if b.any() else float(a.norm())
 
 
+@PLACES
 @pytest.mark.parametrize("name", NAMES)
-def test_float32_model(name):
+def test_float32_model(name, place):
     """In norm, against the float64 model.
 
     shapes_tiny has latents up to 18 and outputs up to 1000: rounding its weights alone moves its gradients by 5e-5, so
     these cannot stay within 1e-5.
     """
-    for (single, _), (double, _) in zip(compared(name, torch.float32)[1], compared(name)[1], strict=True):
+    for (single, _), (double, _) in zip(compared(name, torch.float32, place)[1], compared(name)[1], strict=True):
         hard = name == "shapes_tiny" and "/grad_" in single.name
         assert ratio(single.ours, double.ours) <= (1e-3 if hard else 1e-5), single.name
 

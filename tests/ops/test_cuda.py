@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,53 @@ def test_kernels_are_the_default_and_shared_inputs_stay_shared():
     expected = knn(points, points, 4, backend="reference")
     assert torch.equal(knn(points, points, 4), expected)
     assert torch.equal(knn(points, points, 4, backend="cuda"), expected)
+
+
+EVERY_KERNEL = """
+import torch
+from vamoh.ops import farthest_point_sample, knn, neighbor_difference, neighbor_mean, point_conv
+torch.manual_seed(0)
+for batch, points, queries, neighbors, channels, width, outputs in ((1, 1, 1, 1, 1, 1, 1), (3, 71, 70, 9, 5, 3, 66)):
+    for dtype in (torch.float32, torch.float64):
+        cloud = torch.randn(batch, points, channels, device="cuda", dtype=dtype)
+        mask = torch.rand(batch, points, device="cuda") < 0.8
+        mask[:, :neighbors] = True
+        places = torch.randint(0, 9, (batch, points, 1), device="cuda")
+        table = torch.rand(17, device="cuda", dtype=dtype)
+        for m in (None, mask):
+            farthest_point_sample(cloud, queries, m, backend="cuda")
+            farthest_point_sample(places, queries, m, table=table, backend="cuda")
+            index = knn(cloud, cloud[:, :queries], neighbors, m, backend="cuda")
+            knn(places, places[:, :queries], neighbors, m, table=table, backend="cuda")
+    for shared in (True, False):
+        at = index[:1] if shared else index
+        features, table = (torch.randn(batch, points, n, device="cuda", requires_grad=True) for n in (channels, width))
+        bias = torch.randn(width, device="cuda", requires_grad=True)
+        linear = torch.randn(outputs, channels * width, device="cuda", requires_grad=True)
+        weights = neighbor_difference(table[:1] if shared else table, at, at[..., 0], bias, backend="cuda")
+        out = point_conv(features, at, weights, linear, linear[:, 0], 0.2, backend="cuda")
+        (out.square().sum() + neighbor_mean(features, at, backend="cuda").sum()).backward()
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_kernels_under_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", EVERY_KERNEL]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    report = result.stdout + result.stderr
+    if re.search("not supported|LibraryNotLoaded|Unable to", report) and "done" not in result.stdout:
+        pytest.skip(f"compute-sanitizer does not work on this machine: {report.strip().splitlines()[0]}")
+    # what torch's own kernels leave unwritten is not ours
+    faults = [part for part in report.split("=========")[1:] if "vamoh" in part]
+    assert "done" in result.stdout, report
+    assert not faults and (result.returncode == 0 or tool == "initcheck"), report
 
 
 @pytest.mark.gpu

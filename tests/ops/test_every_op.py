@@ -1,0 +1,182 @@
+"""Every op as it is chosen by itself, on every device, against its float64 plain torch on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from vamoh import ops
+from vamoh.layout import packed_size
+from vamoh.ops import CounterNoise
+from vamoh.ops._backend import _REGISTRY
+from vamoh.ops.inr_mixture import Inr
+from vamoh.ops.likelihood import KINDS, Likelihood
+from vamoh.ops.planar_flow import PlanarFlow
+from vamoh.points import antipodes, grid_coords
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+class Size(NamedTuple):
+    """Letters of docs/architecture.md."""
+
+    B: int
+    N: int
+    M: int
+    S: int
+    K: int
+    H: int
+    C: int
+    Z: int
+
+
+SIZES = {
+    "odd": Size(3, 37, 11, 5, 3, 9, 2, 5),
+    "ones": Size(1, 1, 1, 1, 1, 1, 1, 1),
+    "tiles": Size(2, 130, 64, 16, 2, 32, 3, 64),
+}
+
+
+class Call(NamedTuple):
+    """An op: a function of the tensors, which of them get a gradient, and whether it is discrete."""
+
+    op: str
+    run: Callable[..., Any]
+    tensors: Sequence[Tensor]
+    leaves: Sequence[int] = ()
+    exact: bool = False
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def index(count: int, *shape: int) -> Tensor:
+    return torch.randint(count, shape, generator=torch.Generator().manual_seed(count))
+
+
+def calls(s: Size) -> Iterator[Call]:
+    """All ops at one size."""
+    cloud, features = draw(s.B, s.N, 3), draw(s.N, 2 * s.H)
+    mask = uniform(s.B, s.N) < 0.7
+    mask[:, : min(s.S, s.N)] = True
+    neighbors = index(s.N, s.B, s.M, s.S)
+    for m in (None, mask):
+        given = [cloud] if m is None else [cloud, m]
+        yield Call("farthest_point_sample", lambda x, *m: ops.farthest_point_sample(x, s.M, *m), given, exact=True)
+        yield Call("knn", lambda x, *m: ops.knn(x, x[:, : s.M], min(s.S, s.N), *m), given, exact=True)
+    yield Call("fourier_features", ops.fourier_features, [cloud, draw(s.H, 3)])
+    weights, linear, bias = draw(s.B, s.M, s.S, 4), draw(s.H, 4 * s.C), draw(s.H)
+    convolved = [draw(s.B, s.N, s.C), weights, linear, bias, neighbors]
+    yield Call("point_conv", lambda f, w, *r: ops.point_conv(f, r[2], w, *r[:2], 0.2), convolved, range(4))
+    table = [draw(s.B, s.N, 4), draw(4), neighbors]
+    yield Call("neighbor_difference", lambda t, b, n: ops.neighbor_difference(t, n, n[..., 0], b), table, (0, 1))
+    yield Call("neighbor_mean", ops.neighbor_mean, [draw(s.B, s.N, s.C), neighbors], (0,))
+    yield Call("linear", ops.linear, [draw(s.K, s.B, s.Z), draw(s.K, s.H, s.Z), draw(s.K, s.H)], range(3))
+
+    parameters = [draw(4, s.Z), draw(4, s.Z, seed=1), draw(4), draw(s.Z), 0.1 * draw(s.Z, seed=1)]
+    mean, std, noise = draw(s.B, s.Z), 0.1 + uniform(s.B, s.Z), draw(s.M, s.B, s.Z)
+    flow = [mean, std, *parameters]
+    yield Call("planar_flow_log_prob", lambda z, *p: ops.planar_flow_log_prob(z, PlanarFlow(*p)), [mean, *parameters],
+               range(6))  # fmt: skip
+    yield Call("planar_flow_sample", lambda e, *p: ops.planar_flow_sample(e, PlanarFlow(*p)), [mean, *parameters])
+    expected = ops.planar_flow_expected_log_prob
+    yield Call("planar_flow_expected_log_prob", lambda m, s, e, *p: expected(m, s, PlanarFlow(*p), e),
+               [mean, std, noise, *parameters], (0, 1, *range(3, 8)))  # fmt: skip
+    yield Call("planar_flow_expected_log_prob", lambda m, d, seed, *p: expected(m, d, PlanarFlow(*p),
+               CounterNoise(seed, s.M)), [*flow[:2], torch.tensor(7), *parameters], (0, 1, *range(3, 8)))  # fmt: skip
+
+    def gate(coords: Tensor, shift: Tensor, values: Tensor, first: Tensor, *rest: Tensor) -> Tensor:
+        return ops.gating(coords, shift, rest[:2], rest[2:], values, first, slope=0.1, bounded=False)
+
+    layers = [draw(s.H, s.H), draw(s.K, s.H), draw(s.H), draw(s.K)]
+    gated = [draw(s.H, s.N), draw(s.B, s.H), uniform(s.B, s.N, s.C), draw(s.H, s.C), *layers]
+    yield Call("gating", gate, gated, (0, 1, *range(3, 8)))
+    yield Call("gating_coords", lambda e, *w: ops.gating_coords(e, w), [features, draw(s.H, 2 * s.H)], (1,))
+    log_q, log_p = (draw(s.B, s.K, s.N, seed=i).log_softmax(1) for i in (0, 1))
+    yield Call("categorical_kl", ops.categorical_kl, [log_q, log_p, mask], (0, 1))
+
+    grid = grid_coords((s.N,))
+    phase = grid @ draw(1, s.H)
+    for kind, activation in zip(KINDS, ("leaky_relu", "relu", "leaky_relu"), strict=True):
+        inr, likelihood = Inr((2 * s.H, s.H, s.H, s.C), activation), Likelihood(kind, open_ends=True)
+        theta = 0.3 * draw(s.B, s.K, packed_size(inr.widths))
+        values, q, scale = uniform(s.B, s.N, s.C), uniform(s.B, s.K, s.N), 0.05 + uniform(s.K, s.C)
+        encoded, mirror = torch.cat([phase.cos(), phase.sin()], 1), antipodes(grid)
+        by = {"inr": inr, "likelihood": likelihood, "mirror": mirror}
+        yield from _networks(theta, encoded, values, q, scale, log_p, mask, **by)
+        yield from _networks(theta, features, values, q, scale, log_p, mask, **{**by, "mirror": None})
+
+
+def _networks(
+    theta: Tensor, x: Tensor, y: Tensor, q: Tensor, scale: Tensor, log_p: Tensor, mask: Tensor, *, inr: Inr,
+    likelihood: Likelihood, mirror: Tensor | None,
+) -> Iterator[Call]:  # fmt: skip
+    def at(x: Tensor) -> Tensor | None:
+        return None if mirror is None else mirror.to(x.device)
+
+    yield Call("inr_mixture", lambda t, x: ops.inr_mixture(t, x, inr, mirror=at(x)), [theta, x], (0,))
+    run = ops.inr_mixture_log_likelihood
+    yield Call("inr_mixture_log_likelihood", lambda t, x, y, s, m: run(t, x, y, s, inr, likelihood, mask=m,
+               mirror=at(x)), [theta, x, y, scale, mask])  # fmt: skip
+    mixed = ops.inr_mixture_expected_log_likelihood
+    for given in ([], [mask]):
+        yield Call("inr_mixture_expected_log_likelihood", lambda t, q, s, x, y, *m: mixed(t, x, y, q, s, inr,
+                   likelihood, mask=m[0] if m else None, mirror=at(x))[0], [theta, q, scale, x, y, *given],
+                   (0, 1, 2) if likelihood.kind == "logistic" else (0, 1))  # fmt: skip
+    yield Call("inr_mixture_mean", lambda t, x, p: ops.inr_mixture_mean(t, x, p, inr, likelihood, mirror=at(x)),
+               [theta, x, log_p])  # fmt: skip
+
+
+def results(call: Call, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """What the op returns, and the gradients of a weighted sum of it, on the CPU."""
+    tensors = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in call.tensors]
+    leaves = [tensors[i].requires_grad_() for i in call.leaves]
+    out = call.run(*tensors)
+    out = [out] if isinstance(out, Tensor) else list(out)
+    if leaves:
+        total = sum(((o * draw(*o.shape, seed=3).to(o)).sum() for o in out if o.is_floating_point()), out[0].sum() * 0)
+        out += torch.autograd.grad(total, leaves)
+    return [o.detach().cpu() for o in out]
+
+
+@DEVICES
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("op", sorted(_REGISTRY))
+def test_matches_float64(op: str, size: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = [call for call in calls(SIZES[size]) if call.op == op]
+    assert mine, f"add calls of {op} here"
+    for call in mine:
+        found = results(call, device, torch.float32)
+        monkeypatch.setenv("VAMOH_BACKEND", "reference")
+        expected = results(call, "cpu", torch.float32 if call.exact else torch.float64)
+        monkeypatch.delenv("VAMOH_BACKEND")
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape
+            if not a.is_floating_point():
+                assert torch.equal(a, b)
+            else:
+                assert float((a.double() - b.double()).norm()) <= 1e-5 * float(b.double().norm()) + 1e-7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", sorted(_REGISTRY))
+def test_the_same_bits_twice(op: str) -> None:
+    for call in calls(SIZES["tiles"]):
+        if call.op == op:
+            first, second = (results(call, "cuda", torch.float32) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_backend_is_forced() -> None:
+    """Else these tests would not see what is chosen by itself."""
+    assert not os.environ.get("VAMOH_BACKEND")
