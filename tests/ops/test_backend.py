@@ -96,8 +96,34 @@ def test_status_rows_and_table(registry, monkeypatch):
         ("reference", True, ""),
     ]
     assert report.build == {}
-    assert "toy  broken     it is broken" in str(report)
+    assert [" ".join(row.split()) for row in str(report).splitlines()[:4]] == [
+        "op backend serves takes",
+        "toy broken - any dtype on any device; not here: it is broken",
+        "toy fast float32 on cpu float32 on cpu",
+        "toy reference float64 on cpu any dtype on any device",
+    ]
     assert str(report).endswith("not built")
+
+
+def test_status_says_what_each_backend_serves(registry, monkeypatch):
+    """The same as `resolve` chooses; beyond the limits of one backend the next serves."""
+    float32 = [torch.float32]
+    _backend.register("net", "quick", devices=["cuda"], dtypes=float32, limits="at most 64 channels")
+    _backend.register("net", "fast", devices=["cpu", "cuda"], dtypes=float32)
+    _backend.register("net", "reference")
+    for found in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        rows = {row.backend: row for row in status().rows if row.op == "net"}
+        on_gpu = ("float32 on cuda",) if found else ()
+        assert rows["quick"].serves == on_gpu
+        assert rows["fast"].serves == ("float32 on cpu", *(f"{name} (rest)" for name in on_gpu))
+        assert rows["reference"].serves == ("float64 on cpu", "float64 on cuda")[: 1 + found]
+        assert rows["quick"].takes == "float32 on cuda; at most 64 channels"
+        for row in rows.values():
+            for served in row.serves:
+                dtype, _, device = served.removesuffix(" (rest)").split()
+                chosen = _backend.resolve("net", torch.device(device), getattr(torch, dtype))
+                assert served.endswith("(rest)") or chosen == row.backend
 
 
 def test_status_of_the_package():

@@ -27,12 +27,16 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op. `devices` and `dtypes` None: any. `unavailable` returns the reason, or None if it runs."""
+    """One way to run an op. `devices` and `dtypes` None: any. `unavailable` returns the reason, or None if it runs.
+
+    limits: in words, what else it asks of sizes or gradients; without that the next one runs.
+    """
 
     backend: str
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None
     unavailable: Callable[[], str | None]
+    limits: str = ""
 
 
 _REGISTRY: dict[str, list[Implementation]] = {}
@@ -45,10 +49,15 @@ def register(
     devices: Sequence[str] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     unavailable: Callable[[], str | None] = lambda: None,
+    limits: str = "",
 ) -> None:
     """Add an implementation of `op`; those registered first are preferred. Every op ends with "reference"."""
     entry = Implementation(
-        backend, None if devices is None else tuple(devices), None if dtypes is None else tuple(dtypes), unavailable
+        backend,
+        None if devices is None else tuple(devices),
+        None if dtypes is None else tuple(dtypes),
+        unavailable,
+        limits,
     )
     _REGISTRY.setdefault(op, []).append(entry)
 
@@ -275,12 +284,17 @@ def items(x: Tensor) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one op; `reason` says why it is not available, empty if it is."""
+    """One implementation of one op; `reason` says why it is not available, empty if it is.
+
+    takes: dtypes and devices, and within which limits. serves: those of this machine for which it is chosen.
+    """
 
     op: str
     backend: str
     available: bool
     reason: str
+    takes: str = ""
+    serves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -295,15 +309,47 @@ class Status:
     triton: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        cells = [("op", "backend", ""), *((r.op, r.backend, r.reason or "available") for r in self.rows)]
-        first, second = (max(len(row[i]) for row in cells) for i in (0, 1))
-        lines = [f"{op:<{first}}  {backend:<{second}}  {note}".rstrip() for op, backend, note in cells]
+        cells = [("op", "backend", "serves", "takes"), *map(_cells, self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(3)]
+        lines = ["  ".join([f"{c:<{w}}" for c, w in zip(row, widths, strict=False)] + [row[3]]) for row in cells]
         for title, facts, missing in (
             ("triton", self.triton, triton_unavailable()),
             ("native module", self.build, native_unavailable()),
         ):
             lines += ["", title, *(f"  {k:<9} {v}" for k, v in facts.items())] + [f"  {missing}"] * (not facts)
         return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    note = "" if row.available else f"; not here: {row.reason}"
+    return row.op, row.backend, ", ".join(row.serves) or "-", row.takes + note
+
+
+def _takes(implementation: Implementation) -> str:
+    dtypes, devices = implementation.dtypes, implementation.devices
+    which = "any dtype" if dtypes is None else ", ".join(_short(d) for d in dtypes if d.is_floating_point)
+    where = "any device" if devices is None else " or ".join(devices)
+    return f"{which} on {where}" + (f"; {implementation.limits}" if implementation.limits else "")
+
+
+def _served(implementations: Sequence[Implementation]) -> dict[str, list[str]]:
+    """By backend, dtypes and devices of this machine for which it is chosen; beyond the limits of one, the next is."""
+    served: dict[str, list[str]] = {i.backend: [] for i in implementations}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float32, torch.float64):
+            beyond = ""
+            for implementation in implementations:
+                misfit = _misfit(implementation, torch.device(device), dtype) or implementation.unavailable()
+                if misfit is None:
+                    served[implementation.backend].append(f"{_short(dtype)} on {device}{beyond}")
+                    if not implementation.limits:
+                        break
+                    beyond = " (rest)"
+    return served
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def status() -> Status:
@@ -313,9 +359,10 @@ def status() -> Status:
     """
     rows = []
     for op, implementations in sorted(_REGISTRY.items()):
+        served = _served(implementations)
         for implementation in implementations:
-            reason = implementation.unavailable()
-            rows.append(Row(op, implementation.backend, reason is None, reason or ""))
+            backend, reason = implementation.backend, implementation.unavailable()
+            rows.append(Row(op, backend, reason is None, reason or "", _takes(implementation), tuple(served[backend])))
     module, build, triton = native(), {}, {}
     if module is not None:
         build = {

@@ -76,6 +76,12 @@ def fourier_features_reference(coords: Tensor, frequencies: Tensor) -> Tensor:
 
 register_plain("fourier_features", lambda *arguments: fourier_features_reference(*arguments[:-1]))
 
-
-register("fourier_features", "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
+register(
+    "fourier_features",
+    "cpu",
+    devices=["cpu"],
+    dtypes=[torch.float32],
+    unavailable=native_unavailable,
+    limits="no gradients",
+)
 register("fourier_features", "reference")

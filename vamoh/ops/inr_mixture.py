@@ -689,12 +689,14 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
-for _op in (
-    "inr_mixture",
-    "inr_mixture_log_likelihood",
-    "inr_mixture_expected_log_likelihood",
-    "inr_mixture_mean",
+_SLOW = "no gradients to features"
+for _op, _limits in (
+    ("inr_mixture", _SLOW),
+    ("inr_mixture_log_likelihood", "no gradients"),
+    ("inr_mixture_expected_log_likelihood", _SLOW),
+    ("inr_mixture_mean", ""),
 ):
-    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable)
-    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
+    _sizes = "; ".join(part for part in ("hidden layers of one width, at most 64 channels", _limits) if part)
+    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable, limits=_sizes)
+    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable, limits=_limits)
     register(_op, "reference")

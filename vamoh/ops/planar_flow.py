@@ -432,6 +432,10 @@ def _forward(base: Tensor, u_hat: Tensor, gain: Tensor, w: Tensor, b: Tensor, sl
     return z, log_det
 
 
-for _op in ("planar_flow_log_prob", "planar_flow_expected_log_prob", "planar_flow_sample"):
-    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
+for _op, _limits in (
+    ("planar_flow_log_prob", ""),
+    ("planar_flow_expected_log_prob", ""),
+    ("planar_flow_sample", "no gradients"),
+):
+    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable, limits=_limits)
     register(_op, "reference")
