@@ -296,3 +296,49 @@ def test_what_is_known_of_points_goes_with_them() -> None:
     assert (points.observed(), points.value_range()[1]) == ((3, 4), 2.0)
     assert points.with_mask(None).compact().mask is None
     assert PointSet(coords[:0], values[:, :0]).value_range() == (0.0, 0.0)
+
+
+class Stream:
+    """Writes down who waits for whom."""
+
+    def __init__(self, name: str, log: list[Any]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("mask", ["none", "shared", "each"])
+def test_the_search_lies_beside_the_step_before(mask: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its results are kept from being freed while the main stream reads them, and it waits for nothing it can help."""
+    config = replace(CONFIG, model=replace(CONFIG.model, learn_frequencies=learned))
+    trainer, log = placed(config, dataset(mask)), []
+    main, beside = Stream("main", log), Stream("beside", log)
+    recorded: list[Tensor] = []
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        log.append(f"on {stream.name}")
+        yield
+        log.append("on main")
+
+    trainer._beside = beside  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: recorded.append(self))
+    search = trainer.model.encoder.neighborhoods
+    monkeypatch.setattr(trainer.model.encoder, "neighborhoods", lambda *a: (log.append("search"), search(*a))[1])
+    with pretend(monkeypatch):
+        for again in (False, True):
+            del log[:], recorded[:]
+            points = trainer._place(trainer._thin(trainer.dataset.batch(trainer._batch_indices())))
+            hoods = trainer.model.neighborhoods(points)
+            known = again and mask != "each"  # the same points of a grid
+            search_here = [] if known else ["search"]
+            before = ["beside waits for main"] if learned else []
+            assert log == [*before, "on beside", *search_here, "on main", "main waits for beside"]
+            mirror = trainer.model.encoding.mirror(points.coords)
+            used = [points.coords, points.values, points.mask, mirror, *(i for hood in hoods for i in hood)]
+            assert {id(t) for t in recorded} == {id(t) for t in used if t is not None}
+            trainer.steps_done += 1
