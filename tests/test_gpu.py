@@ -85,10 +85,16 @@ def test_no_step_waits(mask: str, train: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mask", ["none", "shared", "each"])
 def test_training_is_that_of_the_cpu(mask: str, train: dict[str, Any]) -> None:
     here, there = (Trainer(with_train(**train), dataset(mask), device=place) for place in ("cpu", "cuda"))
+    start = flat(here)
     for _ in range(3):
         assert dict(there.step()) == pytest.approx(here.step(), rel=1e-3)
-    moved = [a.detach().cpu() - b for a, b in zip(there.parameters, here.parameters, strict=True)]
-    assert max(float(d.abs().max()) for d in moved) < 3e-3  # Adam turns a tiny gradient of another sign into lr
+    # Adam makes a whole step of a gradient that is all rounding, so a few parameters may go the other way
+    assert float((flat(there) - flat(here)).norm()) < 0.05 * float((flat(here) - start).norm())
+
+
+def flat(trainer: Trainer) -> Tensor:
+    """All parameters in one row."""
+    return torch.cat([p.detach().cpu().flatten() for p in trainer.parameters])
 
 
 def test_a_bad_update_is_left_out_and_told_later() -> None:
