@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from vamoh import PointSet, VaMoH
+from vamoh.compat.config import LIKELIHOODS
+from vamoh.compat.state import from_reference, translate
 from vamoh.elbo import ElboTerms
 from vamoh.encoder import SLOPE, Neighborhood
 from vamoh.generator import Reconstruction
@@ -30,8 +32,6 @@ from vamoh.points import grid_coords, sphere_coords
 STAGE_TOLERANCE = 1e-9
 GRADIENT_TOLERANCE = 1e-6
 """The stored gradients are float32."""
-
-LIKELIHOODS = {"logistic": "logistic", "ber": "bernoulli", "cb": "continuous_bernoulli"}
 
 
 class Case:
@@ -100,61 +100,35 @@ class Case:
             kl_samples=self.meta["n_kl_samples"],
             initialization="published",
         ).to(torch.float64)
-        state = {
-            name[len("state/") :]: torch.from_numpy(a) for name, a in self.arrays.items() if name.startswith("state/")
-        }
-        model.load_state_dict(dict(translate(state, model)), strict=True)
+        from_reference(self.state(), model)
         return model
 
+    def state(self) -> dict[str, Tensor]:
+        """State dict of the reference, without repetitions."""
+        return {
+            name.removeprefix("state/"): torch.from_numpy(a)
+            for name, a in self.arrays.items()
+            if name.startswith("state/")
+        }
 
-def translate(reference: dict[str, Tensor], model: VaMoH) -> Iterator[tuple[Any, ...]]:
-    """Tensors under the reference's names (weights, or their gradients) to ours; absent ones are left out."""
-
-    def stacked(pattern: str, count: int) -> Tensor | None:
-        parts = [reference.get(pattern.format(i)) for i in range(count)]
-        return torch.stack(parts) if all(p is not None for p in parts) else None  # type: ignore[arg-type]
-
-    def pairs() -> Iterator[tuple[str, Tensor | None]]:
-        yield "encoding.frequencies", reference.get("decoder.encoding.frequency_matrix")
-        scales = reference.get("lik_x_logscales")
-        components, channels = model.components, model.channels
-        neutral = torch.full((components, channels), -1.0, dtype=torch.float64)
-        yield "likelihood.raw_scale", neutral if scales is None else scales.mT
-        layers = sorted({int(n.split(".")[2]) for n in reference if n.startswith("encoder_z.layers.")})
-        for j, i in enumerate(layers):
-            for k in ("weight", "bias"):
-                for n in range(len(model.encoder.convs[j].weight_net)):
-                    net = reference.get(f"encoder_z.layers.{i}.weight_net.forward_layers.{2 * n}.{k}")
-                    yield (
-                        f"encoder.convs.{j}.weight_net.{n}.{k}",
-                        net if net is None or k == "bias" else net[:, :, 0, 0],
-                    )
-                yield f"encoder.convs.{j}.linear.{k}", reference.get(f"encoder_z.layers.{i}.linear.{k}")
-        for k in ("weight", "bias"):
-            yield f"encoder.head.{k}", reference.get(f"encoder_z.linear_layers.0.{k}")
-            for n in range(len(model.hypernet.weights)):
-                heads = stacked("hyper_list.{}." + f"mlp.layers.{n}.0.{k}", components)
-                yield f"hypernet.{'weights' if k == 'weight' else 'biases'}.{n}", heads
-        for name in ("u", "w", "b"):
-            flows = stacked("prior_z.prior_distr_z.flows.{}." + name, len(model.prior.b))
-            yield f"prior.{name}", None if flows is None else flows[:, 0]
-        for name in ("loc", "log_scale"):
-            base = reference.get(f"prior_z.prior_distr_z.q0.{name}")
-            yield f"prior.{name}", None if base is None else base[0]
-        for ours, theirs in (("gating_prior", "prior_cat_encoder"), ("gating_posterior", "post_cat_encoder")):
-            net = getattr(model, ours)
-            first = reference.get(f"{theirs}.layers.0.0.weight")
-            if first is not None:
-                parts = ["by_coords", "by_value", "by_z"] if net.by_value is not None else ["by_coords", "by_z"]
-                sizes = [getattr(net, part).in_features for part in parts]
-                for part, weight in zip(parts, first.split(sizes, 1), strict=True):
-                    yield f"{ours}.{part}.weight", weight
-            yield f"{ours}.by_coords.bias", reference.get(f"{theirs}.layers.0.0.bias")
-            for n in range(len(net.rest)):
-                for k in ("weight", "bias"):
-                    yield f"{ours}.rest.{n}.{k}", reference.get(f"{theirs}.layers.{n + 1}.0.{k}")
-
-    return ((name, value) for name, value in pairs() if value is not None)
+    def given(self) -> dict[str, Any]:
+        """The configuration by dotted keys as a file has it: building the reference's model changed some of it."""
+        keys = {}
+        for name, entry in self.meta["cfg"].items():
+            keys.update({f"{name}.{k}": v for k, v in entry.items()} if isinstance(entry, dict) else {name: entry})
+        layers = keys["params_pointconvnet.layer_configs"]
+        convs = [c for c in layers if "out_channels" in c]
+        pools = [c for c in layers if "out_channels" not in c]
+        nones = ["None"] * (len(convs) - len(pools))
+        lists = {
+            "layer_configs": [],
+            "linear_layer_sizes": [],
+            "mid_channels": convs[0]["mid_channels"],
+            **{k: [c[k] for c in convs] for k in ("out_channels", "num_output_points", "num_neighbors")},
+            **{f"avg_pooling_{k}": [c[k] for c in pools] + nones for k in ("num_output_points", "num_neighbors")},
+        }
+        keys.update({f"params_pointconvnet.{name}": entry for name, entry in lists.items()})
+        return {key: value for key, value in keys.items() if not key.endswith((".c_dim_list", ".dims"))}
 
 
 class Stage(NamedTuple):
@@ -313,9 +287,7 @@ def _gradients(case: Case, tag: str) -> Iterator[Stage]:
         case.model.zero_grad(set_to_none=True)
         _bound(case, tag, use_flow).loss.backward()
         ours = {n: p.grad for n, p in case.model.named_parameters()}
-        for parameter, stored in translate(reference, case.model):
-            if parameter == "likelihood.raw_scale":
-                continue
+        for parameter, stored in translate(reference, case.model).items():
             gradient = ours[parameter]
             assert gradient is not None, f"{parameter} has no gradient"
             key = f"{prefix}{parameter}"

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagConversionOff, Positional, arg
 
+from vamoh.compat.config import is_reference_config, load_reference_config, table
 from vamoh.config import PRESETS, DataConfig, ModelConfig, TrainConfig, load_config
 
 DESCRIPTION = """VaMoH: learn distributions over functions from points.
@@ -141,6 +142,19 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Turn a checkpoint of the published code into a run folder, or with --to-reference the other way."""
+
+    source: Annotated[Positional[Path], arg(metavar="CHECKPOINT|RUN", help="N.ckpt of theirs; a run folder of ours")]
+    out: Path
+    """run folder to write; with --to-reference the file"""
+    config: Path | None = None
+    """YAML file the checkpoint was trained with; the config.yaml of its results folder holds its overrides"""
+    to_reference: bool = False
+    """write a checkpoint that the published code loads"""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, devices, threads and the backends of every op."""
 
@@ -154,6 +168,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "segment": Segment,
     "evaluate": Evaluate,
     "export": Export,
+    "convert": Convert,
     "info": Info,
 }
 
@@ -224,14 +239,21 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
             f"got {args[0] if args else 'none'}"
         )
     source = source or "digits"
-    config = load_config(source)
+    device = "cpu"
+    if is_reference_config(source):
+        pairs_of_theirs, rest = _split_overrides(rest)
+        theirs = load_reference_config(source, pairs_of_theirs)
+        config, device = theirs.config, theirs.device
+        print(f"{source}, a configuration of the published code:\n{table(theirs.rows)}", file=sys.stderr)
+    else:
+        config = load_config(source)
     options = tyro.cli(
         Train,
         prog="vamoh train PRESET|config.yaml",
         description=f"{inspect.getdoc(Train)}\n\nPresets: {', '.join(PRESETS)}. The defaults here are {source}'s.",
         args=rest,
         use_underscores=True,
-        default=Train(config.data, config.model, config.train, seed=config.seed),
+        default=Train(config.data, config.model, config.train, device=device, seed=config.seed),
     )
     if options.resume and options.out is not None and options.out != Path(options.resume):
         raise ValueError(f"train: --out must be left out or name the resumed run {options.resume}, got {options.out}")
@@ -255,6 +277,17 @@ def _split_source(args: list[str]) -> tuple[str | None, list[str]]:
     if position >= len(args):
         return None, list(args)
     return args[position], args[:position] + args[position + 1 :]
+
+
+def _split_overrides(args: list[str]) -> tuple[list[str], list[str]]:
+    """Separate keys and values as the published code takes them from options; common options may come first."""
+    theirs: list[str] = []
+    ours: list[str] = []
+    position = 0
+    while position < len(args) and (not args[position].startswith("-") or args[position] in COMMON):
+        (ours if args[position] in COMMON else theirs).extend(args[position : position + 2])
+        position += 2
+    return theirs, ours + args[position:]
 
 
 def _value_of(args: list[str], option: str) -> str | None:

@@ -20,6 +20,9 @@ from torch import Tensor
 import vamoh
 from vamoh import checkpoint, figures
 from vamoh._checks import check_choice
+from vamoh.compat.config import load_reference_config
+from vamoh.compat.state import convert as convert_checkpoint
+from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
@@ -219,6 +222,22 @@ def export(run: Path, *, out: Path | None, part: str, format: str) -> str:
     path, model = run / f"{part}{FORMATS[format]}" if out is None else out, checkpoint.load(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     return _written(export_model(model, path, part=part, format=format))
+
+
+def convert(source: Path, *, out: Path, config: Path | None, to_reference: bool) -> str:
+    """Convert a checkpoint of the published code into a run folder, or a run folder into such a checkpoint."""
+    if to_reference:
+        if config is not None:
+            raise ValueError("convert: config must be left out with --to-reference; the run folder has its own")
+        save_reference(checkpoint.load(source), out)
+        return _written(out)
+    if config is None:
+        raise ValueError("convert: config must name the YAML file that the checkpoint was trained with, got none")
+    conversion = convert_checkpoint(source, load_reference_config(config), out)
+    model = conversion.model
+    priors = f"flow prior {'on' if model.use_flow else 'off'}, gating prior {'on' if model.use_gating_prior else 'off'}"
+    lines = [f"{row.status:8} {row.theirs or '(nothing)'} -> {row.ours}" for row in conversion.rows]
+    return "\n".join([*lines, f"epoch {conversion.epoch}: {priors}", _written(out)])
 
 
 def info() -> str:

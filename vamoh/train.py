@@ -174,6 +174,8 @@ class Trainer:
         """Continue from the checkpoint of a run folder."""
         trainer = cls(config, dataset, device=device, model=checkpoint.load(run_folder, device))
         state = checkpoint.load_training_state(run_folder)
+        if "optimizer" not in state:
+            raise ValueError(f"train: nothing to resume in {run_folder}: a converted model comes without an optimizer")
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.steps_done, trainer.seconds = state["step"], state["seconds"]
         trainer._points.set_state(state["points"])

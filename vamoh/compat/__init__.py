@@ -1,0 +1,1 @@
+"""The published code's formats: its configurations, its checkpoints, its model class."""
