@@ -360,9 +360,7 @@ def load_reference_config(path: str | os.PathLike[str], overrides: Sequence[str]
 
 def translate_config(given: Mapping[str, Any], corrected: Sequence[Row] = ()) -> Translation:
     """Translate values by their dotted keys, as in `DEFAULTS`; raises as `load_reference_config`."""
-    values = dict(DEFAULTS)
-    for key, value in given.items():
-        values[key] = _checked(key, value)
+    values = DEFAULTS | {key: _checked(key, value) for key, value in given.items()}
     keys = _Keys(values)
     keys.must("model.type", ["vamoh"], "there is no other model")
     keys.must("train.mode", ["standard"], "the published code has no other")
@@ -387,6 +385,12 @@ def translate_config(given: Mapping[str, Any], corrected: Sequence[Row] = ()) ->
         status: Status = "mapped" if key in keys.ours else "without effect"
         given_rows.append(Row(key, values[key], status, keys.ours[key] if key in keys.ours else IDLE[key]))
     return Translation(config, device, (*corrected, *given_rows), source.coord_dim, source.channels, *epochs)
+
+
+def translate_model(given: Mapping[str, Any], coord_dim: int) -> ModelConfig:
+    """Translate the sizes and choices of a model by their dotted keys; raises as `load_reference_config`."""
+    values = DEFAULTS | {key: _checked(key, value) for key, value in given.items()}
+    return _model(_Keys(values), images=coord_dim == 2)
 
 
 def table(rows: Iterable[Row]) -> str:

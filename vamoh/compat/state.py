@@ -23,6 +23,8 @@ SCALES = "lik_x_logscales"
 FREQUENCIES = "decoder.encoding.frequency_matrix"
 TEMPLATE = "decoder.mlp."
 """A coordinate network whose weights the published code never uses: the hypernetworks make them."""
+COPY = "fmodel.stateless_model."
+"""A copy of the template, without values."""
 
 _PRIORS = "vamoh_priors"
 
@@ -134,7 +136,7 @@ def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[Row, ...
             if not torch.equal(theirs[name], theirs[origin]):
                 lines.append(f"{name} repeats {origin} but differs from it")
             rows.append(Row(name, "derived", f"repeats {origin}"))
-        elif name.startswith(TEMPLATE):
+        elif name.startswith((TEMPLATE, COPY)):
             rows.append(Row(name, "ignored", "a template whose weights are never used"))
         else:
             lines.append(f"{name} is unknown")
@@ -147,7 +149,7 @@ def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[Row, ...
 
 
 def to_reference(model: VaMoH) -> dict[str, Tensor]:
-    """State dict as the published code saves it, repetitions included; its unused template is zero.
+    """State dict as the published code saves it, repetitions included; its unused template is zero, a copy of it empty.
 
     Raises ValueError for a model that the published code would compute differently.
     """
@@ -181,7 +183,9 @@ def to_reference(model: VaMoH) -> dict[str, Tensor]:
             for k in range(model.components):
                 state[f"hyper_list.{k}.function_representation.{name.removeprefix('decoder.')}"] = state[name]
         if name.startswith("prior_z.prior_distr_z."):
-            state[name.removeprefix("prior_z.")] = state[name]
+            state[f"prior_distr_z.{name.removeprefix('prior_z.')}"] = state[name]
+        if name.startswith(TEMPLATE):
+            state[f"{COPY}{name.removeprefix(TEMPLATE)}"] = torch.empty_like(state[name], device="meta")
     return state
 
 
@@ -273,8 +277,8 @@ def _gating(ours: str, theirs: str, net: Gating) -> Iterator[Entry]:
 
 def _origin(name: str) -> str:
     """What a tensor of the published code repeats, or its own name: its state dicts hold shared modules twice."""
-    if name.startswith("prior_distr_z."):
-        return f"prior_z.{name}"
+    if name.startswith("prior_distr_z.prior_distr_z."):
+        return f"prior_z.{name.removeprefix('prior_distr_z.')}"
     parts = name.split(".")
     if len(parts) > 3 and parts[0] == "hyper_list" and parts[2] == "function_representation":
         return ".".join(["decoder", *parts[3:]])
