@@ -111,25 +111,6 @@ class Case:
             if name.startswith("state/")
         }
 
-    def given(self) -> dict[str, Any]:
-        """The configuration by dotted keys as a file has it: building the reference's model changed some of it."""
-        keys = {}
-        for name, entry in self.meta["cfg"].items():
-            keys.update({f"{name}.{k}": v for k, v in entry.items()} if isinstance(entry, dict) else {name: entry})
-        layers = keys["params_pointconvnet.layer_configs"]
-        convs = [c for c in layers if "out_channels" in c]
-        pools = [c for c in layers if "out_channels" not in c]
-        nones = ["None"] * (len(convs) - len(pools))
-        lists = {
-            "layer_configs": [],
-            "linear_layer_sizes": [],
-            "mid_channels": convs[0]["mid_channels"],
-            **{k: [c[k] for c in convs] for k in ("out_channels", "num_output_points", "num_neighbors")},
-            **{f"avg_pooling_{k}": [c[k] for c in pools] + nones for k in ("num_output_points", "num_neighbors")},
-        }
-        keys.update({f"params_pointconvnet.{name}": entry for name, entry in lists.items()})
-        return {key: value for key, value in keys.items() if not key.endswith((".c_dim_list", ".dims"))}
-
 
 class Stage(NamedTuple):
     """Our value of a stage and what it may differ by: `tolerance` of the array's largest value, plus `doubt`.

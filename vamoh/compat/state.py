@@ -207,7 +207,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"run code ({reason[:300]})"
         ) from error
     except (RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: {path} is damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{where}: {path} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(content, Mapping) or not {"epoch", "model_state"} <= set(content):
         raise ValueError(f"{where}: {path} must hold epoch and model_state, as the published code saves them")
     state = content["model_state"]
