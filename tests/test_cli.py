@@ -242,7 +242,11 @@ def test_default_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    wanted = {"info": [], "export": ["--out", "--part", "--format"]}.get(name, ["--out", "--device", "--seed"])
+    wanted = {
+        "info": [],
+        "export": ["--out", "--part", "--format"],
+        "convert": ["--out", "--config", "--to-reference"],
+    }.get(name, ["--out", "--device", "--seed"])
     wanted += [] if name in ("info", "train") else ["RUN"]
     wanted += {"superres": ["--scale"], "complete": ["--mask", "random:RATE"], "sample": ["--count"]}.get(name, [])
     assert all(word in shown for word in wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,12 +78,16 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run, and with the YAML file that the README shows."""
+    """A folder with a run, the YAML file that the README shows, and files of the published code."""
     folder = tmp_path_factory.mktemp("documents")
     (folder / "runs" / "digits").mkdir(parents=True)
     save_config(load_config("digits"), folder / "runs" / "digits" / "config.yaml")
     [(_, text)] = blocks(README, "yaml")
     (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    theirs = folder / "run" / "configs" / "models"
+    theirs.mkdir(parents=True)
+    for name in ("polymnist", "shapes"):
+        shutil.copy(ROOT / "tests" / "compat" / "theirs.yaml", theirs / f"{name}.yaml")
     return folder
 
 

@@ -8,52 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-SECTIONS = {
-    "dataset": "format: torch, name: {data}, dir: here, size: 64, use_bn_initial: False, missing_perc: 0.0",
-    "train": "mode: standard, batch_size: 8, eval_period: 5, ckpt_period: 10, ckpt_clean: False, clip: 200.0",
-    "model": (
-        "type: vamoh, dim_z: 4, distr_z: nf, beta_z: 1.0, beta_c: 1.0, start_scheduler: -1, end_scheduler: -1, "
-        "distr_x: {likelihood}, name_encoding: fourier, two_step_training: True, {scenarios}"
-    ),
-    "params_nf": "type: planar, act: leaky_relu, L: 3",
-    "params_pointconvnet": (
-        "add_batchnorm: false, add_sigmoid: false, deterministic: true, linear_layer_sizes: [], layer_configs: [], "
-        "avg_pooling_num_output_points: {pool_points}, avg_pooling_num_neighbors: {pool_neighbors}, "
-        "mid_channels: [6,5], num_neighbors: [7,6,5], num_output_points: [32,16,4], out_channels: [5,6,7], "
-        'same_coordinates: "all", use_encoded_coors: True'
-    ),
-    "params_k_mixture": "K: 3",
-    "params_cat_x": "act: lrelu_01, layers: [16,2]",
-    "params_cat_prior": "act: lrelu_01, dropout: 0.0, layers: [9,8], batchnorm: False",
-    "params_cat_post": "act: lrelu_01, dropout: 0.0, layers: [9,8], batchnorm: False",
-    "params_encoding": "num_frequencies: 6, std: 2.0, learn_feats: False",
-    "params_hyper": "dim_inner: 5, num_layers: 2, act: lrelu_01, coords_dim: 0",
-    "params_fnrep": "dim_inner: 6, num_layers: 2, act: lrelu_01",
-    "optim": "optimizer: adam, base_lr: 0.001, max_epoch: 20, scheduler: exp, use_scheduler: False, weight_decay: 0.0",
-    "plotting": "res_epoch: 50",
-}
-TOP = 'out_dir: results\nseed: 3\nnote: "a small run"\ndevice: cpu\nnum_threads: 1\nnum_workers: 0\n'
+SMALL = Path(__file__).with_name("theirs.yaml").read_text(encoding="utf-8")
 
 
-def yaml_text(
-    data: str = "PolyMNIST",
-    likelihood: str = "logistic",
-    scenarios: str = "scenerio: [4;6], scenerio_end: [12;10], scenerio_start: [0;0]",
-    pool: tuple[int, int] | None = None,
-) -> str:
-    """A configuration in the format of the published code, one key to a line."""
-    lists = [[n, None, None] if pool else [None] * 3 for n in pool or (0, 0)]
-    fill = {
-        "data": data,
-        "likelihood": likelihood,
-        "scenarios": scenarios,
-        "pool_points": str(lists[0]).replace(", ", ","),
-        "pool_neighbors": str(lists[1]).replace(", ", ","),
-    }
-    lines = [TOP.rstrip()]
-    for section, entries in SECTIONS.items():
-        lines += [f"{section}:", *(f"  {entry}" for entry in entries.format(**fill).split(", "))]
-    return "\n".join(lines).replace(";", ",") + "\n"
+def yaml_text(data: str = "PolyMNIST", likelihood: str = "logistic", pool: tuple[int, int] | None = None) -> str:
+    """The small configuration with other data, likelihood, or pooling (points, neighbours) after the first layer."""
+    changes = {"name: PolyMNIST": f"name: {data}", "distr_x: logistic": f"distr_x: {likelihood}"}
+    if pool:
+        for key, size in zip(("num_output_points", "num_neighbors"), pool, strict=True):
+            changes[f"avg_pooling_{key}: [None"] = f"avg_pooling_{key}: [{size}"
+    text = SMALL
+    for before, after in changes.items():
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    return text
 
 
 @pytest.fixture
