@@ -223,3 +223,24 @@ def test_commands(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["train", "--resume", str(run)]) == 2
     assert "comes without an optimizer" in capsys.readouterr().err
     assert cli.main(["sample", str(run), "--count", "2"]) == 0
+
+
+def test_every_scale_goes_to_its_component_and_channel(write: Write) -> None:
+    """The stored cases have one scale for all."""
+    model = model_of(load_reference_config(write(), ["params_k_mixture.K", "2"]).config, 2, 3)
+    state = to_reference(model)
+    state["lik_x_logscales"] = torch.arange(6.0).view(3, 2)  # [C, K]
+    from_reference(state, model)
+    assert model.likelihood.raw_scale.tolist() == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    assert torch.equal(to_reference(model)["lik_x_logscales"], state["lik_x_logscales"])
+
+
+def test_the_first_gating_layer_is_cut_where_its_inputs_meet(write: Write) -> None:
+    """Coordinates, then values, then latents: columns of one weight."""
+    model = model_of(load_reference_config(write()).config, 2, 3)
+    weight = to_reference(model)["post_cat_encoder.layers.0.0.weight"]
+    net = model.gating_posterior
+    assert net.by_value is not None
+    assert torch.equal(weight[:, :12], net.by_coords.weight)
+    assert torch.equal(weight[:, 12:15], net.by_value.weight)
+    assert torch.equal(weight[:, 15:], net.by_z.weight)
