@@ -209,6 +209,7 @@ def test_commands(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
     assert "mapped   encoder_z.linear_layers.0.weight -> encoder.head.weight" in shown
+    assert "ignored  optimizer_state -> not part of the model" in shown
     assert "epoch 12: flow prior on, gating prior on" in shown
     assert cli.main(words) == 2
     assert "which is in use" in capsys.readouterr().err

@@ -232,6 +232,8 @@ def convert(path: str | os.PathLike[str], translation: Translation, out: str | o
     config = translation.config
     model = checkpoint.new_model(config, translation.coord_dim, translation.channels)
     rows = from_reference(content["model_state"], model)
+    others = sorted({*content} - {"epoch", "model_state", _PRIORS})
+    rows += tuple(Row(name, "ignored", "not part of the model") for name in others)
     epoch = content["epoch"]
     priors = content.get(_PRIORS, {})
     model.use_flow = priors.get("use_flow", epoch >= translation.flow_warmup)
