@@ -26,14 +26,17 @@ ROOMS = (
 
 # What a part of the package may import of it, besides itself and the helpers.
 KNOWS: dict[str, set[str]] = {
-    **{part: set() for part in (*HELPERS, "__init__", "config", "metrics", "masks", "figures", "runlog", "kernels")},
+    **{
+        part: set()
+        for part in (*HELPERS, "__init__", "config", "metrics", "masks", "figures", "runlog", "kernels", "distributed")
+    },
     **{room: {"ops", *ROOMS[:i]} for i, room in enumerate(ROOMS)},
     "layout": set(),
     "ops": {"layout"},
     "model": {"ops", *ROOMS},
     "data": {"points"},
     "checkpoint": {"config", "model"},
-    "train": {"checkpoint", "config", "data", "elbo", "metrics", "model", "points", "runlog"},
+    "train": {"checkpoint", "config", "data", "distributed", "elbo", "metrics", "model", "points", "runlog"},
     "export": {"gating", "model", "ops", "points"},
     "evaluate": {"data", "masks", "metrics", "model", "points"},
     "compat": {"checkpoint", "config", "encoder", "gating", "generator", "latent", "model", "points"},

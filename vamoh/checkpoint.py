@@ -48,10 +48,18 @@ def check_device(where: str, device: str | torch.device) -> torch.device:
     return found
 
 
-def save(run_folder: str | os.PathLike[str], model: VaMoH, config: Config, step: int, state: Mapping[str, Any]) -> Path:
+def save(
+    run_folder: str | os.PathLike[str],
+    model: VaMoH,
+    config: Config,
+    step: int,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `step` and return its folder; the previous one is removed only when it is in place.
 
     state: nested plain values and tensors, what `load_training_state` returns.
+    tensors: the model's state, where the model itself holds only a part of it.
     Raises ValueError unless `step` is later than the newest checkpoint, OSError when the disk refuses (the previous
     checkpoint is then untouched).
     """
@@ -68,14 +76,15 @@ def save(run_folder: str | os.PathLike[str], model: VaMoH, config: Config, step:
         "channels": str(model.channels),
         "model": json.dumps(config_to_dict(config)["model"]),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    named = model.state_dict() if tensors is None else tensors
+    content = {name: value.detach().cpu().contiguous() for name, value in named.items()}
     target = root / f"step-{step:08d}"
     unfinished = root / f"{target.name}.tmp"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         # Serialised in memory first: an error while writing is then an OSError that says what the disk said.
-        _write(unfinished / "model.safetensors", tensors_to_bytes(tensors, metadata))
+        _write(unfinished / "model.safetensors", tensors_to_bytes(content, metadata))
         buffer = BytesIO()
         torch.save({"format": FORMAT, "step": step, **state}, buffer)
         _write(unfinished / "trainer.pt", buffer.getbuffer())

@@ -219,7 +219,9 @@ def _run(name: str, options: dict[str, Any]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from vamoh import commands
 
-    print(getattr(commands, name)(**options))
+    text = getattr(commands, name)(**options)
+    if text:
+        print(text)
     return 0
 
 

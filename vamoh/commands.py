@@ -25,6 +25,7 @@ from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_config
 from vamoh.data import Dataset, open_dataset
+from vamoh.distributed import join
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
 from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
@@ -83,10 +84,12 @@ def train(source: str, config: Config, *, out: Path | None, device: str, resume:
     """Train `config` into a run folder, then draw and evaluate it.
 
     source: what the default folder runs/NAME is named after.
+    Of several processes, the first one draws and evaluates; the others have nothing to show.
     """
-    folder = out if out is not None else _run_folder(source, resume)
-    train_model(config, folder, device=device, resume=resume)
-    return summarize(open_run(folder, device, config.seed))
+    with join("train", checkpoint.check_device("train", device)) as (workers, place):
+        folder = Path(workers.from_main(str(_run_folder(source, resume) if out is None else out)))
+        train_model(config, folder, device=device, resume=resume)
+    return summarize(open_run(folder, str(place), config.seed)) if workers.main else ""
 
 
 def reconstruct(

@@ -195,6 +195,8 @@ class TrainConfig:
     """functions of the validation split in an evaluation, the first ones"""
     threads: int | None = None
     """CPU threads; None: torch's choice"""
+    shard: bool = False
+    """several processes share out the parameters of the model (FSDP2) instead of each holding all"""
     tensorboard: bool = False
     """also write TensorBoard events"""
 

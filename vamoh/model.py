@@ -19,7 +19,7 @@ from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
 from vamoh.likelihood import Likelihood
 from vamoh.ops import CounterNoise
-from vamoh.ops._noise import check_noise
+from vamoh.ops._noise import check_noise, counter_noise_reference
 from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
 from vamoh.points import PointSet, upload
@@ -39,6 +39,15 @@ class Noise:
 
     z: Tensor
     kl: Tensor | CounterNoise
+
+    def part(self, functions: slice) -> Noise:
+        """The noise of a slice of the batch, the same as it has in the whole one."""
+        z, kl = self.z[functions], self.kl
+        if isinstance(kl, Tensor):
+            return Noise(z, kl[:, functions])
+        if functions.start:  # a seed makes the noise of a batch from its start
+            kl = counter_noise_reference(kl.seed, range(kl.samples), len(z), z.shape[1], z.dtype, functions.start)
+        return Noise(z, kl)
 
 
 class VaMoH(nn.Module):

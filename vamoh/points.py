@@ -127,6 +127,12 @@ class PointSet:
         mask = None if self.mask is None else self.mask[..., index]
         return self._with(coords, self.values[:, index], mask)
 
+    def part(self, functions: slice) -> PointSet:
+        """Keep the functions of a slice of the batch."""
+        coords = self.coords[functions] if self.coords.dim() == 3 else self.coords
+        mask = self.mask[functions] if self.mask is not None and self.mask.dim() == 2 else self.mask
+        return self._with(coords, self.values[functions], mask)
+
     def compact(self) -> PointSet:
         """Drop the points that no function observes; a mask shared by the batch disappears.
 

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vamoh import checkpoint
 from vamoh.config import BetaConfig, Config, config_to_dict, differences, load_config, save_config
 from vamoh.data import Dataset, open_dataset
+from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
 from vamoh.elbo import ElboTerms
 from vamoh.metrics import psnr
 from vamoh.model import VaMoH
@@ -31,7 +32,16 @@ from vamoh.points import PointSet
 from vamoh.runlog import RunLog, environment
 
 # What may change between a run and its continuation: nothing that alters the steps themselves.
-_FREE = ("steps", "checkpoint_every", "log_every", "evaluate_every", "evaluate_count", "threads", "tensorboard")
+_FREE = (
+    "steps",
+    "checkpoint_every",
+    "log_every",
+    "evaluate_every",
+    "evaluate_count",
+    "threads",
+    "shard",
+    "tensorboard",
+)
 _ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
 # An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
 _MAX_PSNR = 150.0
@@ -67,6 +77,20 @@ class TrainingInterrupted(RuntimeError):
         self.signal, self.step, self.run_folder = signal_number, step, run_folder
 
 
+class WorkerLost(RuntimeError):
+    """Another process of the job ended, so this one could not go on. The last checkpoint is whole.
+
+    step: the updates done. run_folder: where to resume.
+    """
+
+    def __init__(self, step: int, run_folder: Path, reason: str) -> None:
+        super().__init__(
+            f"train: another process of the job was lost after step {step} ({reason}); the last checkpoint is kept, "
+            f"continue with: vamoh train --resume {run_folder}"
+        )
+        self.step, self.run_folder = step, run_folder
+
+
 def train(
     config: Config,
     out: str | os.PathLike[str],
@@ -81,35 +105,37 @@ def train(
     resume: continue the run in `out` from its checkpoint; the configuration must be the run's own, except how long it
     trains and how often it reports. On the CPU the result equals that of an uninterrupted run to the last bit.
     progress: show a progress bar on stderr.
+    Started by `torchrun`, the processes share out every batch, see docs/training.md; the first one writes.
 
     Raises FileExistsError if `out` is in use and `resume` is False, FileNotFoundError if it holds no checkpoint and
     `resume` is True, ValueError for a device, configuration or data set that does not fit, NonFiniteLoss when
-    training diverges (the last good checkpoint stays), TrainingInterrupted on SIGINT or SIGTERM.
+    training diverges (the last good checkpoint stays), TrainingInterrupted on SIGINT or SIGTERM, WorkerLost when
+    another process of the job ended.
     """
     out, place = Path(out), checkpoint.check_device("train", device)
-    _check_folder(out, config, resume)
     with ExitStack() as stack:
+        workers, place = stack.enter_context(join("train", place))
+        workers.by_main(lambda: _check_folder(out, config, resume))
         stack.enter_context(_threads(config.train.threads))
-        writer = _summary_writer() if config.train.tensorboard else None
-        data = config.data
-        dataset = open_dataset(data.name, path=data.path, size=data.size, root=data.root)
+        board_class = _summary_writer() if config.train.tensorboard else None
+        dataset = _open(config, workers)
         if resume:
-            trainer = Trainer.resume(config, dataset, out, device=place)
+            trainer = Trainer.resume(config, dataset, out, device=place, workers=workers)
         else:
-            trainer = Trainer(config, dataset, device=place)
+            trainer = Trainer(config, dataset, device=place, workers=workers)
             trainer.save(out)
-        save_config(config, out / "config.yaml")
-        (out / "environment.json").write_text(json.dumps(environment(place), indent=2) + "\n", encoding="utf-8")
-        log = stack.enter_context(RunLog(out / "metrics.jsonl", after_step=trainer.steps_done))
-        board = writer(out / "tensorboard", purge_step=trainer.steps_done + 1) if writer else None
-        if board is not None:
-            stack.callback(board.close)
+        records = workers.by_main(lambda: stack.enter_context(_Records(trainer, out, board_class)))
         try:
-            _run(trainer, out, log, board, progress)
+            _run(trainer, out, records, progress and workers.main)
         except NonFiniteLoss as error:
             note = f"; the last good checkpoint is kept in {out / 'checkpoint'}"
             raise NonFiniteLoss(error.term, error.step, error.indices, error.culprits, note) from None
-    return trainer.model.eval()
+        except RuntimeError as error:
+            if workers.count > 1 and is_lost(error):
+                reason = str(error).strip().splitlines()[0]
+                raise WorkerLost(trainer.steps_done, out, reason) from error
+            raise
+        return trainer.whole_model().eval()
 
 
 class Trainer:
@@ -130,8 +156,9 @@ class Trainer:
         *,
         device: str | torch.device = "cpu",
         model: VaMoH | None = None,
+        workers: Workers = ALONE,
     ) -> None:
-        self.config, self.dataset = config, dataset
+        self.config, self.dataset, self.workers = config, dataset, workers
         self.device = checkpoint.check_device("Trainer", device)
         coord_dim, channels = dataset.coord_dim, dataset.channels
         if model is None:
@@ -143,6 +170,19 @@ class Trainer:
             )
         self.model = model.to(self.device).train()
         _check_points(config, dataset, self.model.min_points)
+        self.indices = dataset.splits["train"]
+        if len(self.indices) == 0:
+            raise ValueError(f"Trainer: the train split of data set {dataset.name} must not be empty")
+        self.batch_size = min(config.train.batch_size, len(self.indices))
+        if self.batch_size < workers.count:
+            raise ValueError(
+                f"Trainer: train.batch_size and the train split of data set {dataset.name} must have a function for "
+                f"each of {workers.count} processes, got {self.batch_size}"
+            )
+        phases = config.train.flow_warmup > 0 or config.train.gating_warmup > 0
+        self._call = spread(
+            self.model, self.model.hypernet, workers, self.device, phases=phases, shard=config.train.shard
+        )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
             self.parameters,
@@ -150,18 +190,15 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.indices = dataset.splits["train"]
-        if len(self.indices) == 0:
-            raise ValueError(f"Trainer: the train split of data set {dataset.name} must not be empty")
-        self.batch_size = min(config.train.batch_size, len(self.indices))
         self.steps_per_epoch = len(self.indices) // self.batch_size
         self.steps_done = 0
         self.seconds = 0.0
         self._points = _generator(config.seed, _POINTS)
         self._noise = _generator(config.seed, _NOISE)
         self._order = (-1, self.indices)
+        self._fingerprint = dataset.fingerprint()
         self._unread: deque[_Line] = deque()
-        self._asynchronous = self.device.type == "cuda"
+        self._asynchronous = self.device.type == "cuda" and workers.count == 1
         self._beside: torch.cuda.Stream | None = None
         if self._asynchronous:
             self._beside = torch.cuda.Stream(self.device)
@@ -169,14 +206,26 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, config: Config, dataset: Dataset, run_folder: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+        cls,
+        config: Config,
+        dataset: Dataset,
+        run_folder: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        workers: Workers = ALONE,
     ) -> Trainer:
-        """Continue from the checkpoint of a run folder."""
-        trainer = cls(config, dataset, device=device, model=checkpoint.load(run_folder, device))
+        """Continue from the checkpoint of a run folder; ValueError when the data are not those it was trained on."""
         state = checkpoint.load_training_state(run_folder)
         if "optimizer" not in state:
             raise ValueError(f"train: nothing to resume in {run_folder}: a converted model comes without an optimizer")
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        lines = differences(state["data"], dataset.fingerprint())
+        if lines:
+            raise ValueError(
+                f"Trainer.resume: data set {dataset.name} must be the one the run in {run_folder} started with, "
+                f"got another: {'; '.join(lines)}"
+            )
+        trainer = cls(config, dataset, device=device, model=checkpoint.load(run_folder, device), workers=workers)
+        trainer.optimizer.load_state_dict(apart(state["optimizer"], trainer.parameters))
         trainer.steps_done, trainer.seconds = state["step"], state["seconds"]
         trainer._points.set_state(state["points"])
         trainer._noise.set_state(state["noise"])
@@ -186,16 +235,31 @@ class Trainer:
         """Write a checkpoint, if the parameters and the bound of a batch are finite; NonFiniteLoss otherwise."""
         self.check()
         indices = self.indices[: self.batch_size]
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        if self.workers.largest(not all(bool(own(p).isfinite().all()) for p in self.parameters)):
             raise NonFiniteLoss("a parameter", self.steps_done, indices.tolist(), [])
         self._bound(indices, _generator(self.config.seed, _VALIDATION))
         state = {
             "seconds": self.seconds,
-            "optimizer": self.optimizer.state_dict(),
+            "data": self._fingerprint,
+            "optimizer": whole(self.optimizer.state_dict(), "cpu"),
             "points": self._points.get_state(),
             "noise": self._noise.get_state(),
         }
-        checkpoint.save(run_folder, self.model, self.config, self.steps_done, state)
+        tensors = whole(self.model.state_dict(), "cpu")
+
+        def write() -> None:
+            checkpoint.save(run_folder, self.model, self.config, self.steps_done, state, tensors)
+
+        self.workers.by_main(write)
+
+    def whole_model(self) -> VaMoH:
+        """The model, with all its parameters in this process."""
+        if self.workers.count == 1 or not self.config.train.shard:
+            return self.model
+        model = checkpoint.new_model(self.config, self.model.coord_dim, self.model.channels)
+        model.load_state_dict(whole(self.model.state_dict()))
+        model.use_flow, model.use_gating_prior = self.model.use_flow, self.model.use_gating_prior
+        return model.to(self.device)
 
     def step(self) -> Mapping[str, float]:
         """Do one update and return its line of the log (terms are batch means in nats).
@@ -206,7 +270,7 @@ class Trainer:
         start = time.perf_counter()
         settings, epoch = self.config.train, self.steps_done / self.steps_per_epoch
         indices = self._batch_indices()
-        drawn = self._thin(self.dataset.batch(indices))
+        drawn = self._share(indices, self._thin)
         points = self._place(drawn)
         self.model.use_flow = epoch >= settings.flow_warmup
         self.model.use_gating_prior = epoch >= settings.gating_warmup
@@ -218,14 +282,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         half = settings.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            terms = self.model.elbo(points, beta_z=beta_z, beta_c=beta_c, generator=self._noise)
-        terms.loss.backward()
+            terms = self._elbo(points, len(indices), self._noise, beta_z=beta_z, beta_c=beta_c)
+        (terms.loss * self.workers.weight(len(indices))).backward()
         facts = {"beta_z": beta_z, "beta_c": beta_c, "lr": lr, "points": drawn.count}
         if self._asynchronous:
             line: Mapping[str, float] = self._update_unseen(terms, indices, facts)
         else:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
-            result = _batch_means(terms, self.steps_done + 1, indices, norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip))
+            result = _batch_means(self._gather(terms, len(indices)), self.steps_done + 1, indices, norm)
             self.optimizer.step()
             epoch = (self.steps_done + 1) / self.steps_per_epoch
             line = {"step": self.steps_done + 1, "epoch": epoch, **result, **facts}
@@ -258,8 +322,9 @@ class Trainer:
         totals: dict[str, float] = {}
         for indices in every.split(self.batch_size):
             terms, points = self._bound(indices, generator)
-            mean = self.model.reconstruct(points).mean
+            mean = self._call("reconstruct", points)["mean"]
             decibel = psnr(mean, points.values, points.mask).clamp(max=_MAX_PSNR)
+            decibel = self.workers.gather({"psnr": decibel}, len(indices))["psnr"]
             for name, value in {**terms, "psnr": decibel.mean().item()}.items():
                 totals[name] = totals.get(name, 0.0) + value * len(indices) / len(every)
         return totals
@@ -322,12 +387,28 @@ class Trainer:
 
     @torch.no_grad()
     def _bound(self, indices: Tensor, generator: torch.Generator) -> tuple[dict[str, float], PointSet]:
-        points = self.dataset.batch(indices)
-        if self.config.train.num_points is not None:
-            points = points.compact().subsample(self.config.train.num_points, generator)
-        points = self.model.prepare(points, again=self.config.train.num_points is None)
-        terms = self.model.elbo(points, generator=generator)
+        count = self.config.train.num_points
+        points = self._share(indices, lambda p: p if count is None else p.compact().subsample(count, generator))
+        points = self.model.prepare(points, again=count is None)
+        terms = self._gather(self._elbo(points, len(indices), generator), len(indices))
         return _batch_means(terms, self.steps_done, indices), points
+
+    def _share(self, indices: Tensor, thin: Callable[[PointSet], PointSet]) -> PointSet:
+        """This process's part of a batch, in host memory; `thin` leaves out the same points in every process."""
+        part = self.workers.share(len(indices))
+        if self.dataset.mask is not None and self.dataset.mask.dim() == 2:
+            # What is observed anywhere in the batch decides which points there are to choose from.
+            return thin(self.dataset.batch(indices)).part(part)
+        return thin(self.dataset.batch(indices[part]))
+
+    def _elbo(self, points: PointSet, functions: int, generator: torch.Generator, **betas: float) -> ElboTerms:
+        """Terms of this process's part of a batch, with its part of the noise of the whole one."""
+        noise = self.model.draw_noise(functions, generator=generator).part(self.workers.share(functions))
+        return ElboTerms(**self._call("elbo", points, noise=noise, **betas))
+
+    def _gather(self, terms: ElboTerms, functions: int) -> ElboTerms:
+        """Terms of the whole batch."""
+        return ElboTerms(**self.workers.gather(vars(terms), functions))
 
 
 class _Line(Mapping[str, float]):
@@ -370,15 +451,55 @@ def beta_at(config: BetaConfig, epoch: float) -> float:
     return config.value * ramp[config.schedule]
 
 
-def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -> None:
-    settings = trainer.config.train
+class _Records:
+    """What a run tells the world: its configuration and environment, the log, and TensorBoard where asked for."""
+
+    def __init__(self, trainer: Trainer, out: Path, board_class: Any) -> None:
+        save_config(trainer.config, out / "config.yaml")
+        report = json.dumps(environment(trainer.device), indent=2)
+        (out / "environment.json").write_text(report + "\n", encoding="utf-8")
+        self.log = RunLog(out / "metrics.jsonl", after_step=trainer.steps_done)
+        self.board = board_class(out / "tensorboard", purge_step=trainer.steps_done + 1) if board_class else None
+
+    def __enter__(self) -> _Records:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, split: str, values: Mapping[str, float]) -> None:
+        self.log.write({"split": split, **values})
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, values["step"])
+
+
+def _open(config: Config, workers: Workers) -> Dataset:
+    """Open the data set, the main process first: it makes what the others find in the cache."""
+
+    def load() -> Dataset:
+        data = config.data
+        return open_dataset(data.name, path=data.path, size=data.size, root=data.root)
+
+    dataset = workers.by_main(load) or load()
+    mine = json.dumps(dataset.fingerprint())
+    wanted = workers.from_main(mine)
+    if mine != wanted:
+        raise ValueError(
+            f"train: data set {dataset.name} must be the same for every process, got {mine} where the first one has "
+            f"{wanted}"
+        )
+    return dataset
+
+
+def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) -> None:
+    settings, workers = trainer.config.train, trainer.workers
     logged_step, logged_seconds, shown = trainer.steps_done, trainer.seconds, -math.inf
 
     def record(split: str, values: Mapping[str, float]) -> None:
-        log.write({"split": split, **values})
-        if board is not None:
-            for name, value in values.items():
-                board.add_scalar(f"{split}/{name}", value, values["step"])
+        workers.by_main(lambda: None if records is None else records.write(split, values))
 
     bar = tqdm(
         total=settings.steps,
@@ -388,7 +509,7 @@ def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -
         dynamic_ncols=True,
         mininterval=0.5,
     )
-    with bar, _stop_signals() as received:
+    with bar, _stop_signals(patient=workers.count > 1) as received:
         while trainer.steps_done < settings.steps:
             values = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == settings.steps
@@ -406,12 +527,13 @@ def _run(trainer: Trainer, out: Path, log: RunLog, board: Any, progress: bool) -
             if (step % settings.evaluate_every == 0 or last) and len(trainer.dataset.splits["validation"]):
                 times = {"epoch": values["epoch"], "seconds": trainer.seconds}
                 record("validation", {"step": step, **times, **trainer.evaluate()})
-            stop = bool(received)
+            stop = workers.largest(received[0] if received else 0)
             if step % settings.checkpoint_every == 0 or last or stop:
-                log.sync()
+                if records is not None:
+                    records.log.sync()
                 trainer.save(out)
             if stop and not last:
-                raise TrainingInterrupted(received[0], step, out)
+                raise TrainingInterrupted(stop, step, out)
 
 
 def _check_folder(out: Path, config: Config, resume: bool) -> None:
@@ -502,8 +624,11 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; after the first one they act as before again."""
+def _stop_signals(patient: bool = False) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying; after the first one they act as before again.
+
+    patient: not before the end, for `torchrun` sends a signal again that the terminal has sent already.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -513,7 +638,8 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        restore()
+        if not patient:
+            restore()
 
     # Python delivers signals to the main thread only and lets no other install handlers.
     if threading.current_thread() is threading.main_thread():

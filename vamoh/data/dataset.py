@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,6 +72,15 @@ class Dataset:
     def channels(self) -> int:
         """Number of channels C of a value."""
         return self.values.shape[-1]
+
+    def fingerprint(self) -> dict[str, int]:
+        """Sizes, and a checksum of values, masks and splits: equal for the same data opened again."""
+        checksum = 0
+        for tensor in (self.values, self.mask, *(self.splits[name] for name in SPLITS)):
+            if tensor is not None:
+                checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
+        n, points, channels = self.values.shape
+        return {"functions": n, "points": points, "channels": channels, "checksum": checksum}
 
     def batch(self, index: Tensor) -> PointSet:
         """Points of the functions `index` [B] (int64), values as float32 in [0, 1].

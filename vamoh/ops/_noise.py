@@ -49,16 +49,17 @@ def check_noise(where: str, name: str, noise: Tensor | CounterNoise, like: Tenso
 
 
 def counter_noise_reference(
-    seed: Tensor, samples: range, batch: int, latent: int, dtype: torch.dtype = torch.float32
+    seed: Tensor, samples: range, batch: int, latent: int, dtype: torch.dtype = torch.float32, first: int = 0
 ) -> Tensor:
-    """Plain torch: the noise of these samples [len(samples), B, Z], on the device of the seed."""
+    """Plain torch: the noise [len(samples), B, Z] of these samples and functions, on the device of the seed."""
 
     def index(values: range, dim: int) -> Tensor:
         return torch.arange(values.start, values.stop, device=seed.device).view(
             [-1 if d == dim else 1 for d in range(3)]
         )
 
-    counter = (index(range(-(-latent // 4)), 2), index(samples, 0), index(range(batch), 1), torch.zeros_like(seed))
+    functions = range(first, first + batch)
+    counter = (index(range(-(-latent // 4)), 2), index(samples, 0), index(functions, 1), torch.zeros_like(seed))
     words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
     pairs = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
     return torch.stack(pairs, -1).flatten(2)[..., :latent].to(dtype)
