@@ -156,6 +156,37 @@ def compiled_code_stays_behind_the_backend(source: Source) -> Found:
             yield line, f"imports {name}: load it lazily in vamoh/ops/_backend.py, so that vamoh works without it"
 
 
+def nothing_is_unpickled(source: Source) -> Found:
+    """Loading a pickle runs what its author wrote."""
+    if not source.within("vamoh"):
+        return
+    for line, name in imports(source):
+        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"):
+            yield line, f"imports {name}: store plain values, which nobody has to trust"
+    wanted = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+    for node in source.walk():
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (*wanted, "numpy.load"):
+            name, value = wanted["torch.load" if "torch" in ast.unparse(node.func) else "np.load"]
+            if not any(
+                k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in node.keywords
+            ):
+                yield node.lineno, f"loads without {name}={value}: say so, whatever the default"
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = last_name(node)
+            if name in (
+                "broadcast_object_list",
+                "all_gather_object",
+                "gather_object",
+                "scatter_object_list",
+                "send_object_list",
+                "recv_object_list",
+                "read_pickle",
+                "unsafe_load",
+                "UnsafeLoader",
+            ):
+                yield node.lineno, f"uses {name}, which unpickles: send tensors"
+
+
 def only_the_cli_knows_tyro(source: Source) -> Found:
     for line, name in imports(source):
         if source.within("vamoh") and name.split(".")[0] == "tyro" and source.module != "vamoh.cli":
@@ -222,6 +253,7 @@ RULES: tuple[Rule, ...] = (
     imports_only_what_it_may_know,
     ops_do_not_know_each_other,
     compiled_code_stays_behind_the_backend,
+    nothing_is_unpickled,
     only_the_cli_knows_tyro,
     rooms_call_ops_by_function,
     ops_hold_no_state,
@@ -280,6 +312,11 @@ BAD: list[tuple[Rule, str, str, str]] = [
     (compiled_code_stays_behind_the_backend, "vamoh.ops.knn", "from vamoh import _native", "load it lazily"),
     (compiled_code_stays_behind_the_backend, "vamoh.model", "import vamoh.kernels.knn", "load it lazily"),
     (compiled_code_stays_behind_the_backend, "vamoh.model", "import_module('vamoh.kernels.knn')", "load it lazily"),
+    (nothing_is_unpickled, "vamoh.checkpoint", "import pickle", "store plain values"),
+    (nothing_is_unpickled, "vamoh.checkpoint", "torch.load(path)", "weights_only=True"),
+    (nothing_is_unpickled, "vamoh.checkpoint", "torch.load(path, weights_only=False)", "weights_only=True"),
+    (nothing_is_unpickled, "vamoh.data.files", "np.load(path, allow_pickle=True)", "allow_pickle=False"),
+    (nothing_is_unpickled, "vamoh.distributed", "dist.all_gather_object(a, b)", "send tensors"),
     (only_the_cli_knows_tyro, "vamoh.commands", "import tyro", "parse in vamoh/cli.py"),
     (rooms_call_ops_by_function, "vamoh.encoder", "torch.ops.vamoh.knn(x)", "function of vamoh.ops"),
     (ops_hold_no_state, "vamoh.ops.knn", "from torch import nn\nclass Knn(nn.Module): ...", "function of tensors"),
@@ -300,6 +337,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (ops_do_not_know_each_other, "vamoh.ops.knn", "from vamoh.ops._backend import register"),
     (compiled_code_stays_behind_the_backend, "vamoh.ops._backend", "import_module('vamoh._native')"),
     (compiled_code_stays_behind_the_backend, "vamoh.kernels.knn", "from . import _common"),
+    (nothing_is_unpickled, "vamoh.checkpoint", "torch.load(path, map_location='cpu', weights_only=True)"),
+    (nothing_is_unpickled, "tests.test_checkpoint", "import pickle"),
     (only_the_cli_knows_tyro, "vamoh.cli", "import tyro"),
     (rooms_call_ops_by_function, "vamoh.ops.knn", "torch.ops.vamoh.knn(x)"),
     (ops_hold_no_state, "vamoh.ops.knn", "import torch.nn.functional as F"),

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def write(folder: Path, step: int = 7, config: Config = CONFIG, seed: int = 0) -
 
 def weights(folder: Path) -> Path:
     return next(folder.glob("checkpoint/step-*/model.safetensors"))
+
+
+def seal(folder: Path) -> None:
+    """Let SHA256SUMS agree with what lies there."""
+    path = weights(folder)
+    sums = [f"{sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in (path, path.with_name("trainer.pt"))]
+    path.with_name("SHA256SUMS").write_text("".join(sums))
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -200,19 +208,56 @@ def test_nothing_there(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+READERS = {
+    "model.safetensors": [checkpoint.load],
+    "trainer.pt": [checkpoint.load_training_state],
+    "SHA256SUMS": [checkpoint.load, checkpoint.load_training_state],
+}
+
+
+@pytest.mark.parametrize("file", READERS)
 def test_missing_truncated_and_corrupt_files(file: str, tmp_path: Path) -> None:
-    read = checkpoint.load if file.startswith("model") else checkpoint.load_training_state
+    """Any cut, any flipped bit; with sums that agree, what is no checkpoint is still refused."""
     write(tmp_path)
     path = weights(tmp_path).with_name(file)
     content = path.read_bytes()
-    for damaged in (b"", content[:5], content[: len(content) // 2], content[:-1], b"\xff" * len(content)):
+    damages = [content[:size] for size in {0, 1, 5, *range(0, len(content), len(content) // 50), len(content) - 1}]
+    for position in {*range(0, len(content), max(1, len(content) // 400)), len(content) - 1}:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        damages.append(bytes(flipped))
+    refused = 0
+    for damaged in damages:
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{file} is damaged or not a"):
-            read(tmp_path)
+        for read in READERS[file]:
+            try:
+                read(tmp_path)
+            except ValueError as error:
+                refused += 1
+                assert "is damaged: its SHA-256 is not the one in SHA256SUMS" in str(error)
+    # A sum of the other file may go, and the newline at the end.
+    assert refused == len(damages) if file != "SHA256SUMS" else refused >= len(damages)
+    if file != "SHA256SUMS":
+        for damaged in (b"", content[:5], content[: len(content) // 2], b"\xff" * len(content)):
+            path.write_bytes(damaged)
+            seal(tmp_path)
+            with pytest.raises(ValueError, match=f"{file} is damaged or not a"):
+                READERS[file][0](tmp_path)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
+    for read in READERS[file]:
+        with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
+            read(tmp_path)
+    write(tmp_path, step=8)
+    for read in READERS[file]:
         read(tmp_path)
+
+
+def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    write(tmp_path)
+    folder = weights(tmp_path).parent
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    assert [line[64:] for line in lines] == ["  model.safetensors", "  trainer.pt"]
+    assert all(line[:64] == sha256((folder / line[66:]).read_bytes()).hexdigest() for line in lines)
 
 
 def test_a_training_state_that_runs_code_is_refused(tmp_path: Path) -> None:
@@ -222,6 +267,7 @@ def test_a_training_state_that_runs_code_is_refused(tmp_path: Path) -> None:
 
     write(tmp_path)
     torch.save({"format": 1, "x": Payload()}, weights(tmp_path).with_name("trainer.pt"))
+    seal(tmp_path)
     with pytest.raises(ValueError, match="trainer.pt is damaged or not a training state"):
         checkpoint.load_training_state(tmp_path)
 
@@ -229,16 +275,20 @@ def test_a_training_state_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_another_format(tmp_path: Path) -> None:
     write(tmp_path)
     torch.save({"format": 2}, weights(tmp_path).with_name("trainer.pt"))
+    seal(tmp_path)
     with pytest.raises(ValueError, match="trainer.pt must have format 1, got 2"):
         checkpoint.load_training_state(tmp_path)
     tensors = load_file(weights(tmp_path))
     save_file(tensors, weights(tmp_path), {"format": "3"})
+    seal(tmp_path)
     with pytest.raises(ValueError, match="model.safetensors must have format 1, got 3"):
         checkpoint.load(tmp_path)
     save_file(tensors, weights(tmp_path))
+    seal(tmp_path)
     with pytest.raises(ValueError, match="model.safetensors must have format 1, got None"):
         checkpoint.load(tmp_path)
     save_file(tensors, weights(tmp_path), {"format": "1", "step": "1"})
+    seal(tmp_path)
     with pytest.raises(ValueError, match="lacks the metadata use_flow, use_gating_prior, coord_dim, channels, model"):
         checkpoint.load(tmp_path)
 
@@ -261,6 +311,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     tensors["extra"] = tensors.pop(first)
     tensors[second] = torch.zeros(9, 9)
     save_file(tensors, weights(tmp_path), metadata)
+    seal(tmp_path)
     with pytest.raises(ValueError, match="does not fit the model: ") as caught:
         checkpoint.load(tmp_path)
     assert "extra is unknown" in str(caught.value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -106,3 +107,12 @@ def check_choice(where: str, name: str, value: str, choices: Sequence[str]) -> s
     if value not in choices:
         raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+@contextmanager
+def writing(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError, such as a full disk's, name the file that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{where}: cannot write {path} ({error.strerror or error})") from error

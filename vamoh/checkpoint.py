@@ -3,6 +3,7 @@
     RUN/config.yaml
     RUN/checkpoint/step-00001000/model.safetensors    tensors; metadata: format, step, phase, sizes, model configuration
     RUN/checkpoint/step-00001000/trainer.pt           optimizer and generator states
+    RUN/checkpoint/step-00001000/SHA256SUMS           of both files, as sha256sum writes and checks it
 
 A checkpoint is a folder that is written under a temporary name, flushed to the disk and then renamed, so a folder
 named `step-*` is always whole. The newest one counts; older ones are removed after it is in place.
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -84,10 +86,15 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         # Serialised in memory first: an error while writing is then an OSError that says what the disk said.
-        _write(unfinished / "model.safetensors", tensors_to_bytes(content, metadata))
         buffer = BytesIO()
         torch.save({"format": FORMAT, "step": step, **state}, buffer)
-        _write(unfinished / "trainer.pt", buffer.getbuffer())
+        files: dict[str, bytes | memoryview] = {
+            "model.safetensors": tensors_to_bytes(content, metadata),
+            "trainer.pt": buffer.getbuffer(),
+        }
+        sums = [f"{sha256(data).hexdigest()}  {name}\n" for name, data in files.items()]
+        for name, data in {**files, "SHA256SUMS": "".join(sums).encode()}.items():
+            _write(unfinished / name, data)
         _sync_folder(unfinished)
         os.replace(unfinished, target)
         _sync_folder(root)
@@ -129,11 +136,10 @@ def load(run_folder: str | os.PathLike[str], device: str | torch.device = "cpu")
 def load_training_state(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Load what `save` was given as `state`, and `step`; tensors on the CPU. Raises as `load`."""
     path = _current(run_folder) / "trainer.pt"
+    content = _read(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
         version = state["format"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint: {path} is missing") from None
     except Exception as error:  # torch.load raises a different type for each kind of damage
         raise ValueError(f"checkpoint: {path} is damaged or not a training state ({_first_line(error)})") from error
     _check_format(path, version)
@@ -164,10 +170,7 @@ def _current(run_folder: str | os.PathLike[str]) -> Path:
 
 
 def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint: {path} is missing") from None
+    content = _read(path)
     try:
         tensors = tensors_from_bytes(content)
         # The file starts with the length of its JSON header in 8 bytes.
@@ -180,6 +183,20 @@ def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if absent:
         raise ValueError(f"checkpoint: {path} lacks the metadata {', '.join(absent)}")
     return metadata, tensors
+
+
+def _read(path: Path) -> bytes:
+    """Content of a file of a checkpoint, if it is what was written."""
+    contents = []
+    for file in (path, path.with_name("SHA256SUMS")):
+        try:
+            contents.append(file.read_bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"checkpoint: {file} is missing") from None
+    content, sums = contents
+    if f"{sha256(content).hexdigest()}  {path.name}".encode() not in sums.splitlines():
+        raise ValueError(f"checkpoint: {path} is damaged: its SHA-256 is not the one in SHA256SUMS")
+    return content
 
 
 def _check_format(path: Path, version: object) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vamoh
 from vamoh import checkpoint, figures
-from vamoh._checks import check_choice
+from vamoh._checks import check_choice, writing
 from vamoh.compat.config import load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
@@ -413,7 +413,8 @@ def _write(
 
 def _folder(run: Run, out: Path | None) -> Path:
     folder = run.folder if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("vamoh", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -427,12 +428,14 @@ def _run_folder(source: str, resume: bool) -> Path:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
-    np.savez_compressed(path, **arrays)
+    with writing("vamoh", path):
+        np.savez_compressed(path, **arrays)
     return path
 
 
 def _save_json(path: Path, content: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with writing("vamoh", path):
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from vamoh._checks import writing
+
 T = TypeVar("T")
 
 
@@ -255,7 +257,7 @@ def load_config(source: str | os.PathLike[str]) -> Config:
         raise FileNotFoundError(f"load_config: no configuration file {path}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad bytes, a 13th month
         raise ValueError(f"load_config: {path} is not a YAML file: {error}") from error
     try:
         return config_from_dict({} if content is None else content)
@@ -267,11 +269,12 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write a YAML file from which `load_config` reads back an equal configuration; whole or not at all."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        yaml.dump(config_to_dict(config), file, Dumper=_Dumper, sort_keys=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with writing("save_config", path):
+        with unfinished.open("w", encoding="utf-8") as file:
+            yaml.dump(config_to_dict(config), file, Dumper=_Dumper, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from vamoh._checks import writing
+
 Array = NDArray[Any]
 
 # The same component has the same colour in every figure; distinct for colour-blind readers up to seven.
@@ -463,5 +465,6 @@ def _key(figure: Figure, key: str, place: tuple[float, float, float], look: Look
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    with writing("vamoh", path):
+        figure.savefig(path, dpi=DPI, facecolor="white")
     return path

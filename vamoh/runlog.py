@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vamoh._checks import writing
+
 
 class RunLog:
     """Append-only file of JSON objects, one a line, each with an int `step`.
@@ -27,18 +29,24 @@ class RunLog:
         kept = "".join(line + "\n" for line, entry in _read(self.path) if entry["step"] <= after_step)
         if self.path.exists() and self.path.read_bytes() != kept.encode():
             replacement = self.path.with_name(self.path.name + ".tmp")
-            replacement.write_text(kept, encoding="utf-8", newline="\n")
-            os.replace(replacement, self.path)
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+            with writing("run log", self.path):
+                replacement.write_bytes(kept.encode())
+                os.replace(replacement, self.path)
+        with writing("run log", self.path):
+            # Without a buffer, which a full disk would leave to be written when the file is closed.
+            self._file = self.path.open("ab", buffering=0)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        rest = memoryview((json.dumps(entry, allow_nan=False) + "\n").encode())
+        with writing("run log", self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
-        os.fsync(self._file.fileno())
+        with writing("run log", self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; nothing can be written after."""

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vamoh import checkpoint
-from vamoh.config import BetaConfig, Config, config_to_dict, differences, load_config, save_config
+from vamoh._checks import writing
+from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, differences, load_config, save_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
 from vamoh.elbo import ElboTerms
@@ -115,11 +116,11 @@ def train(
     out, place = Path(out), checkpoint.check_device("train", device)
     with ExitStack() as stack:
         workers, place = stack.enter_context(join("train", place))
-        workers.by_main(lambda: _check_folder(out, config, resume))
+        begun = workers.largest(bool(workers.by_main(lambda: _check_folder(out, config, resume))))
         stack.enter_context(_threads(config.train.threads))
         board_class = _summary_writer() if config.train.tensorboard else None
         dataset = _open(config, workers)
-        if resume:
+        if begun:
             trainer = Trainer.resume(config, dataset, out, device=place, workers=workers)
         else:
             trainer = Trainer(config, dataset, device=place, workers=workers)
@@ -218,6 +219,7 @@ class Trainer:
         state = checkpoint.load_training_state(run_folder)
         if "optimizer" not in state:
             raise ValueError(f"train: nothing to resume in {run_folder}: a converted model comes without an optimizer")
+        _check_config(run_folder, config_from_dict(state["config"]), config)
         lines = differences(state["data"], dataset.fingerprint())
         if lines:
             raise ValueError(
@@ -240,6 +242,7 @@ class Trainer:
         self._bound(indices, _generator(self.config.seed, _VALIDATION))
         state = {
             "seconds": self.seconds,
+            "config": config_to_dict(self.config),
             "data": self._fingerprint,
             "optimizer": whole(self.optimizer.state_dict(), "cpu"),
             "points": self._points.get_state(),
@@ -248,6 +251,12 @@ class Trainer:
         tensors = whole(self.model.state_dict(), "cpu")
 
         def write() -> None:
+            path = Path(run_folder) / "config.yaml"
+            if not path.exists():
+                # Before the first checkpoint, which is of no use without.
+                with writing("train", path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                save_config(self.config, path)
             checkpoint.save(run_folder, self.model, self.config, self.steps_done, state, tensors)
 
         self.workers.by_main(write)
@@ -457,7 +466,8 @@ class _Records:
     def __init__(self, trainer: Trainer, out: Path, board_class: Any) -> None:
         save_config(trainer.config, out / "config.yaml")
         report = json.dumps(environment(trainer.device), indent=2)
-        (out / "environment.json").write_text(report + "\n", encoding="utf-8")
+        with writing("train", out / "environment.json"):
+            (out / "environment.json").write_text(report + "\n", encoding="utf-8")
         self.log = RunLog(out / "metrics.jsonl", after_step=trainer.steps_done)
         self.board = board_class(out / "tensorboard", purge_step=trainer.steps_done + 1) if board_class else None
 
@@ -536,17 +546,24 @@ def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) 
                 raise TrainingInterrupted(stop, step, out)
 
 
-def _check_folder(out: Path, config: Config, resume: bool) -> None:
+def _check_folder(out: Path, config: Config, resume: bool) -> bool:
+    """Raise unless a run can begin or go on here; return whether there is a checkpoint to go on from."""
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # A run that was killed at its very start leaves at most the unfinished file.
+        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"config.yaml.tmp"}):
             raise FileExistsError(
                 f"train: out must be a new or empty folder, got {out}, which is in use; continue it with "
                 f"vamoh train --resume {out} or choose another"
             )
-        return
-    if not checkpoint.has_checkpoint(out):
+        return False
+    begun = checkpoint.has_checkpoint(out)
+    if not begun and not (out / "config.yaml").exists():
         raise FileNotFoundError(f"train: nothing to resume in {out}: no checkpoint in {out / 'checkpoint'}")
-    run = load_config(out / "config.yaml")
+    _check_config(out, load_config(out / "config.yaml"), config)
+    return begun
+
+
+def _check_config(out: str | os.PathLike[str], run: Config, config: Config) -> None:
     freed = replace(run.train, **{name: getattr(config.train, name) for name in _FREE})
     lines = differences(config_to_dict(replace(run, train=freed)), config_to_dict(config))
     if lines:
