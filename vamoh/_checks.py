@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import math
+import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ def may_look(value: Tensor) -> bool:
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def check_type(where: str, name: str, value: object, *types: type) -> None:
+    """Raise TypeError unless `value` is of one of `types`; True is no int."""
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+        raise TypeError(f"{where}: {name} must be {wanted}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value for a message: itself if it is short, else its type."""
+    text = repr(value) if isinstance(value, str | bytes | int | float | list | tuple | dict) or value is None else ""
+    return text if 0 < len(text) <= 60 else type(value).__name__
+
+
 def check_tensor(
     where: str,
     name: str,
@@ -59,6 +73,8 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{where}: {name} must be dense, got {value.layout}")
     sizes = value.shape
     fits = len(sizes) == len(shape)
     if fits:
@@ -94,25 +110,54 @@ def check_finite(where: str, name: str, value: Tensor) -> None:
 
 
 def check_positive(where: str, name: str, value: int) -> int:
-    """Return `value` if it is an int of at least 1; raise TypeError or ValueError otherwise."""
+    """Return `value` if it is an int from 1 to 2^63 - 1; raise TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{where}: {name} must be an int, got {value!r}")
+        raise TypeError(f"{where}: {name} must be an int, got {shown(value)}")
     if value < 1:
         raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+    if value >= 1 << 63:
+        raise ValueError(f"{where}: {name} must be below 2^63, got {value}")
     return value
+
+
+def check_sizes(where: str, name: str, values: object, each: str = "size") -> tuple[int, ...]:
+    """Return `values` if it is a list of ints of at least 1; raise TypeError or ValueError otherwise."""
+    check_type(where, name, values, list, tuple)
+    return tuple(check_positive(where, f"every {each} of {name}", value) for value in values)  # type: ignore[attr-defined]
+
+
+def check_number(where: str, name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise unless `value` is a finite int or float from `low` to `high`."""
+    check_type(where, name, value, int, float)
+    if torch.compiler.is_compiling():
+        return
+    largest = 2.0**63 if isinstance(value, int) else sys.float_info.max  # more cannot be told to a tensor
+    if not (low <= value <= high and abs(value) <= largest):  # type: ignore[operator, arg-type]
+        limits = f" from {low:g} to {high:g}" if math.isfinite(low) or math.isfinite(high) else ""
+        raise ValueError(f"{where}: {name} must be a finite number{limits}, got {shown(value)}")
+
+
+def check_seed(where: str, name: str, value: int) -> None:
+    """Raise unless `value` is an int from 0 to 2^63 - 1."""
+    check_type(where, name, value, int)
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"{where}: {name} must be between 0 and 2^63 - 1, got {value}")
+
+
+def check_device(where: str, device: str | torch.device) -> torch.device:
+    """Return the device; ValueError when it is not a device's name or this machine has none."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        kind = ValueError if isinstance(device, str | torch.device | int) else TypeError
+        raise kind(f"{where}: device must be one this machine has, got {str(device)!r} ({reason})") from error
+    return found
 
 
 def check_choice(where: str, name: str, value: str, choices: Sequence[str]) -> str:
     """Return `value` if it is one of `choices`; raise ValueError naming them otherwise."""
-    if value not in choices:
-        raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {shown(value)}")
     return value
-
-
-@contextmanager
-def writing(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an OSError, such as a full disk's, name the file that could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"{where}: cannot write {path} ({error.strerror or error})") from error

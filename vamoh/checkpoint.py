@@ -27,6 +27,8 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from vamoh._checks import check_device
+from vamoh._files import check_path
 from vamoh.config import Config, config_to_dict, differences, load_config
 from vamoh.model import VaMoH
 
@@ -37,17 +39,6 @@ _METADATA = ("step", "use_flow", "use_gating_prior", "coord_dim", "channels", "m
 def new_model(config: Config, coord_dim: int, channels: int) -> VaMoH:
     """Freshly initialised model of a configuration for functions from `coord_dim` dimensions to `channels`."""
     return VaMoH(coord_dim=coord_dim, channels=channels, seed=config.seed, **vars(config.model))
-
-
-def check_device(where: str, device: str | torch.device) -> torch.device:
-    """Return the device; ValueError when it is not a device's name or this machine has none."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{where}: device must be one this machine has, got {str(device)!r} ({reason})") from error
-    return found
 
 
 def save(
@@ -161,7 +152,7 @@ def _step_of(path: Path) -> int:
 
 
 def _current(run_folder: str | os.PathLike[str]) -> Path:
-    root = Path(run_folder) / "checkpoint"
+    root = check_path("checkpoint", "run_folder", run_folder) / "checkpoint"
     newest = _newest(root)
     if newest is None:
         reason = "no such folder" if not Path(run_folder).exists() else f"looked for {root / 'step-*'}"

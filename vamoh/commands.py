@@ -19,7 +19,8 @@ from torch import Tensor
 
 import vamoh
 from vamoh import checkpoint, figures
-from vamoh._checks import check_choice, writing
+from vamoh._checks import check_choice, check_device
+from vamoh._files import writing
 from vamoh.compat.config import load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
@@ -86,7 +87,7 @@ def train(source: str, config: Config, *, out: Path | None, device: str, resume:
     source: what the default folder runs/NAME is named after.
     Of several processes, the first one draws and evaluates; the others have nothing to show.
     """
-    with join("train", checkpoint.check_device("train", device)) as (workers, place):
+    with join("train", check_device("train", device)) as (workers, place):
         folder = Path(workers.from_main(str(_run_folder(source, resume) if out is None else out)))
         train_model(config, folder, device=device, resume=resume)
     return summarize(open_run(folder, str(place), config.seed)) if workers.main else ""
@@ -260,7 +261,7 @@ def open_run(run: Path, device: str, seed: int) -> Run:
 
     Raises FileNotFoundError where there is no run, ValueError for a damaged one, a missing device or a bad seed.
     """
-    place = checkpoint.check_device("vamoh", device)
+    place = check_device("vamoh", device)
     if not 0 <= seed < 2**63:
         raise ValueError(f"vamoh: seed must be between 0 and 2^63 - 1, got {seed}")
     if not (run / "config.yaml").is_file():

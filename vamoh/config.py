@@ -9,12 +9,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from vamoh._checks import writing
+from vamoh._files import check_path, writing
 
 T = TypeVar("T")
 
@@ -236,6 +235,8 @@ class Config:
 
 def preset(name: str) -> Config:
     """Return the preset `name`; ValueError naming the nearest one when there is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"preset: name must be a str, got {type(name).__name__}")
     if name not in PRESETS:
         raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}, got {name!r}{_nearest(name, PRESETS)}")
     return PRESETS[name]
@@ -250,7 +251,7 @@ def load_config(source: str | os.PathLike[str]) -> Config:
     """
     if isinstance(source, str) and source in PRESETS:
         return PRESETS[source]
-    path = Path(source)
+    path = check_path("load_config", "source", source)
     if not path.is_file():
         if isinstance(source, str) and path.name == source and not path.suffix:
             return preset(source)
@@ -267,7 +268,11 @@ def load_config(source: str | os.PathLike[str]) -> Config:
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write a YAML file from which `load_config` reads back an equal configuration; whole or not at all."""
-    path = Path(path)
+    path = check_path("save_config", "path", path)
+    if not isinstance(config, Config):
+        raise TypeError(f"save_config: config must be a Config, got {type(config).__name__}")
+    if not path.name:
+        raise ValueError(f"save_config: path must name a file, got {str(path)!r}")
     unfinished = path.with_name(path.name + ".tmp")
     with writing("save_config", path):
         with unfinished.open("w", encoding="utf-8") as file:
@@ -377,7 +382,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:
-        return value in arguments
+        return isinstance(value, str) and value in arguments
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(entry, arguments[0]) for entry in value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

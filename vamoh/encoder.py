@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vamoh._checks import may_look
+from vamoh._checks import check_type, may_look
 from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
@@ -222,11 +222,17 @@ def _select(values: Tensor, index: Tensor) -> Tensor:
 def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[Stage], batch: int, count: int) -> None:
     """Raise ValueError unless `neighborhoods` fit the stages and a batch of functions of `count` points."""
     where = "encoder"
+    check_type(where, "neighborhoods", neighborhoods, list, tuple)
     if len(neighborhoods) != len(stages):
         raise ValueError(
             f"{where}: neighborhoods must have one entry per stage, {len(stages)}, got {len(neighborhoods)}"
         )
     for i, (stage, hood) in enumerate(zip(stages, neighborhoods, strict=True)):
+        check_type(where, f"neighborhoods[{i}]", hood, list, tuple)
+        if len(hood) != 2:
+            raise ValueError(f"{where}: neighborhoods[{i}] must be centroids and neighbors, got {len(hood)} entries")
+        for tensor in hood:
+            check_type(where, f"each of neighborhoods[{i}]", tensor, Tensor)
         centroids, neighbors = hood
         for name, index, dim in (("centroids", centroids, 2), ("neighbors", neighbors, 3)):
             if index.dim() != dim or index.shape[0] not in (1, batch) or index.dtype != torch.int64:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vamoh import metrics
-from vamoh._checks import check_positive
+from vamoh._checks import check_positive, check_seed, check_type
 from vamoh.data import Dataset
 from vamoh.masks import completion_mask
 from vamoh.model import VaMoH
@@ -26,6 +26,11 @@ def split_indices(dataset: Dataset, split: str, index: tuple[int, ...] = (), cou
 
     Raises ValueError for an unknown or empty split, a position outside it, or a count below 1.
     """
+    check_type("data", "dataset", dataset, Dataset)
+    check_type("data", "split", split, str)
+    check_type("data", "index", index, tuple, list)
+    for position in index:
+        check_type("data", "index", position, int)
     if split not in dataset.splits:
         raise ValueError(f"data: split must be one of {', '.join(dataset.splits)}, got {split!r}")
     found = dataset.splits[split]
@@ -89,6 +94,12 @@ def evaluate_model(
     completion_iou (threshold 0.5); data with a unit add rmse, completion_rmse and unit.
     Raises ValueError for an unknown split or mask.
     """
+    check_type("evaluate", "model", model, VaMoH)
+    check_type("evaluate", "dataset", dataset, Dataset)
+    check_type("evaluate", "mask", mask, str)
+    check_seed("evaluate", "seed", seed)
+    if num_points is not None:
+        check_positive("evaluate", "num_points", num_points)
     device = next(model.parameters()).device
     batch_size = max(1, min(32, MAX_POINTS // dataset.values.shape[1]))
     indices = split_indices(dataset, split, count=count)

@@ -21,7 +21,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vamoh._checks import writing
+from vamoh._files import writing
 
 Array = NDArray[Any]
 

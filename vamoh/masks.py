@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vamoh._checks import check_seed, check_sizes, check_type
+
 NAMES = ("patch", "half", "outside", "random:RATE")
 
 
@@ -27,7 +29,9 @@ def completion_mask(name: str, shape: Sequence[int], *, seed: int = 0) -> Tensor
     Raises ValueError for an unknown name, a bad rate, a file of another shape or content, or a mask that observes all
     or none of the points; FileNotFoundError for a missing file.
     """
-    shape = tuple(shape)
+    check_type("mask", "name", name, str)
+    check_seed("mask", "seed", seed)
+    shape = check_sizes("mask", "shape", shape)
     kind, _, rate = name.partition(":")
     if Path(name).suffix.lower() in (".npy", ".png"):
         mask = _from_file(Path(name), shape)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vamoh._checks import FLOATING, check_positive, check_tensor
+from vamoh._checks import FLOATING, check_number, check_positive, check_tensor
 
 
 def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -25,6 +25,7 @@ def rmse(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, span
     With `span` the natural units that one unit of the values stands for (high - low), the result is in those units.
     Every grid point weighs the same; the rest is as in `mse`.
     """
+    check_number("rmse", "span", span)
     return _mean_square("rmse", prediction, target, mask).sqrt() * span
 
 
@@ -42,6 +43,7 @@ def iou(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, thres
     A point is occupied where its value is at least `threshold`, in every channel on its own.
     Arguments and errors as in `mse`.
     """
+    check_number("iou", "threshold", threshold)
     counted = _weight("iou", prediction, target, mask).bool()[..., None]
     a, b = (prediction >= threshold) & counted, (target >= threshold) & counted
     union = (a | b).sum((1, 2))

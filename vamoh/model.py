@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
-from vamoh._checks import check_choice, check_positive, check_tensor, may_look, trusted
+from vamoh._checks import (
+    check_choice,
+    check_number,
+    check_positive,
+    check_seed,
+    check_sizes,
+    check_tensor,
+    check_type,
+    may_look,
+    trusted,
+)
 from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
@@ -130,8 +140,15 @@ class VaMoH(nn.Module):
         }
         for name, value in sizes.items():
             check_positive("VaMoH", name, value)
-        if frequencies != 0:
+        if not isinstance(frequencies, int) or frequencies != 0:
             check_positive("VaMoH", "frequencies", frequencies)
+        numbers = {"frequency_scale": frequency_scale, "inr_slope": inr_slope, "inr_omega": inr_omega}
+        if weight_net_slope is not None:
+            numbers["weight_net_slope"] = weight_net_slope
+        for name, number in numbers.items():
+            check_number("VaMoH", name, number)
+        check_type("VaMoH", "learn_frequencies", learn_frequencies, bool)
+        check_seed("VaMoH", "seed", seed)
         widths = {
             "encoder_channels": encoder_channels,
             "weight_net": weight_net,
@@ -140,8 +157,14 @@ class VaMoH(nn.Module):
             "gating_widths": gating_widths,
         }
         for name, entries in widths.items():
-            for entry in entries:
-                check_positive("VaMoH", f"every width of {name}", entry)
+            check_sizes("VaMoH", name, entries, "width")
+        for name, entries in {
+            "encoder_centroids": encoder_centroids,
+            "encoder_neighbors": encoder_neighbors,
+            "pool_centroids": pool_centroids,
+            "pool_neighbors": pool_neighbors,
+        }.items():
+            check_type("VaMoH", name, entries, list, tuple)
         if not weight_net:
             raise ValueError("VaMoH: weight_net must list at least one width")
         check_choice("VaMoH", "neighbor_metric", neighbor_metric, ["encoded", "raw"])
@@ -235,6 +258,8 @@ class VaMoH(nn.Module):
         Raises ValueError for values outside [0, 1].
         """
         self._check_points(points)
+        check_number("elbo", "beta_z", beta_z)
+        check_number("elbo", "beta_c", beta_c)
         points = points.compact()
         self._check_values(points)
         noise = (
@@ -274,6 +299,7 @@ class VaMoH(nn.Module):
         """
         self._check_points(points)
         check_positive("iwae", "samples", samples)
+        check_type("iwae", "proper", proper, bool)
         points = points.compact()
         self._check_values(points)
         posterior, features = self._encode(points, neighborhoods)
@@ -315,6 +341,7 @@ class VaMoH(nn.Module):
         """
         where = "reconstruct"
         self._check_points(points)
+        check_type(where, "progress", progress, bool)
         if coords is None:
             coords, posterior_at = points.coords, torch.arange(points.count, device=points.values.device)
         else:
@@ -344,6 +371,8 @@ class VaMoH(nn.Module):
         probabilities, the largest part, out of the result; progress shows a bar on standard error.
         """
         check_tensor("decode", "z", z, ["B", self.latent_dim], like=self.encoder.head.weight)
+        check_type("decode", "with_pi", with_pi, bool)
+        check_type("decode", "progress", progress, bool)
         self._check_coords("decode", coords, z.shape[0])
         return self._decode(z, coords, progress, with_pi=with_pi)
 
@@ -363,6 +392,7 @@ class VaMoH(nn.Module):
 
         The samples for the flow prior are a seed: they are made where they are used and never stored.
         """
+        check_positive("draw_noise", "batch", batch)
         z = self._randn(batch, generator=generator)
         seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else z.device)
         return Noise(z, CounterNoise(upload(seed, z.device), self.kl_samples))
@@ -471,6 +501,7 @@ class VaMoH(nn.Module):
         )
 
     def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:
+        check_type("VaMoH", "generator", generator, torch.Generator, type(None))
         like = self.encoder.head.weight
         noise = torch.randn(
             *shape,
@@ -501,6 +532,7 @@ class VaMoH(nn.Module):
 
     def _check_noise(self, noise: Noise, points: PointSet) -> Noise:
         where, like = "elbo", points.values
+        check_type(where, "noise", noise, Noise)
         check_tensor(where, "noise.z", noise.z, [points.batch, self.latent_dim], like=like)
         if not isinstance(self._prior_z, NormalPrior):
             check_noise(where, "noise.kl", noise.kl, noise.z)

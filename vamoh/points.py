@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from vamoh._cache import version
-from vamoh._checks import FLOATING, check_finite, check_positive, check_tensor
+from vamoh._checks import (
+    FLOATING,
+    check_device,
+    check_finite,
+    check_positive,
+    check_sizes,
+    check_tensor,
+    check_type,
+    shown,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +122,11 @@ class PointSet:
     def to(self, target: torch.device | torch.dtype | str) -> PointSet:
         """Copy to a device, or to a floating dtype (the mask stays bool)."""
         if isinstance(target, torch.dtype):
+            if target not in FLOATING:
+                raise TypeError(f"PointSet.to: target must be a device, float32 or float64, got {target}")
             return PointSet(self.coords.to(target), self.values.to(target), self.mask)
+        if not isinstance(target, torch.device):
+            target = check_device("PointSet.to: target", target)
         mask = None if self.mask is None else self.mask.to(target)
         return self.copied(self.coords.to(target), self.values.to(target), mask)
 
@@ -123,6 +136,11 @@ class PointSet:
 
     def select(self, index: Tensor) -> PointSet:
         """Keep the points `index` [N'] (int64) of every function, in that order."""
+        check_tensor("PointSet.select", "index", index, ["N'"], dtypes=[torch.int64])
+        if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+            low, high = int(index.min()), int(index.max())
+            if low < -self.count or high >= self.count:
+                raise ValueError(f"PointSet.select: index must lie within the {self.count} points, got {low} to {high}")
         coords = self.coords[..., index, :]
         mask = None if self.mask is None else self.mask[..., index]
         return self._with(coords, self.values[:, index], mask)
@@ -153,6 +171,9 @@ class PointSet:
         Never leaves fewer than `at_least` points: the points of the largest draws are then kept.
         Returns the kept points only, in order.
         """
+        check_type("PointSet.drop", "rate", rate, int, float)
+        check_positive("PointSet.drop", "at_least", at_least)
+        check_type("PointSet.drop", "generator", generator, torch.Generator, type(None))
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"PointSet.drop: rate must be between 0 and 1, got {rate}")
         if rate == 0.0:
@@ -166,6 +187,7 @@ class PointSet:
     def subsample(self, count: int, generator: torch.Generator | None = None) -> PointSet:
         """Keep `count` points drawn without replacement, one draw shared by the batch, in their original order."""
         check_positive("PointSet.subsample", "count", count)
+        check_type("PointSet.subsample", "generator", generator, torch.Generator, type(None))
         if count > self.count:
             raise ValueError(f"PointSet.subsample: count must be at most N={self.count}, got {count}")
         index = torch.randperm(self.count, generator=generator)[:count].sort().values
@@ -185,6 +207,7 @@ class PointSet:
         if coords is None:
             coords = grid_coords(shape, dtype=values.dtype, device=values.device)
         if mask is not None:
+            check_type("PointSet.from_grid", "mask", mask, Tensor)
             if tuple(mask.shape) not in (shape, (values.shape[0], *shape)):
                 raise ValueError(
                     f"PointSet.from_grid: mask must have shape {list(shape)} or {[values.shape[0], *shape]}, "
@@ -199,6 +222,10 @@ class PointSet:
 
         coords: B tensors [N_b, D]; values: B tensors [N_b, C]. Padding repeats zeros and is masked out.
         """
+        for name, tensors in (("coords", coords), ("values", values)):
+            check_type("PointSet.from_lists", name, tensors, list, tuple)
+            for i, tensor in enumerate(tensors):
+                check_tensor("PointSet.from_lists", f"{name}[{i}]", tensor, ["N", None], dtypes=FLOATING)
         if len(coords) != len(values) or not coords:
             raise ValueError(
                 f"PointSet.from_lists: coords and values must be lists of one length >= 1, "
@@ -316,7 +343,8 @@ _MOST_CELLS = 4096
 
 def to_grid(values: Tensor, shape: Sequence[int]) -> Tensor:
     """Reorder point values [B, N, C] to a grid [B, C, *shape]; inverse of `PointSet.from_grid`."""
-    shape = tuple(shape)
+    check_tensor("to_grid", "values", values, ["B", "N", "C"])
+    shape = check_sizes("to_grid", "shape", shape)
     if values.shape[1] != torch.Size(shape).numel():
         raise ValueError(f"to_grid: shape {list(shape)} must hold N={values.shape[1]} points")
     return values.transpose(1, 2).reshape(values.shape[0], values.shape[2], *shape)
@@ -331,10 +359,12 @@ def grid_coords(
     spans [-1, 1] (the published code's rule). `scale` s gives the finer grid of s (n - 1) + 1 points per axis over the
     same extent, whose every s-th point is a point of the grid.
     """
-    shape = tuple(shape)
-    for n in shape:
-        check_positive("grid_coords", "every size of shape", n)
+    shape = check_sizes("grid_coords", "shape", shape)
+    if not shape:
+        raise ValueError("grid_coords: shape must list at least one size, got none")
     check_positive("grid_coords", "scale", scale)
+    check_type("grid_coords", "dtype", dtype, torch.dtype)
+    device = check_device("grid_coords", device)
     span = max(shape[0] - 1, 1)
     axes = [
         2 * (torch.arange(scale * (n - 1) + 1, dtype=torch.float64, device=device) / (scale * span) - 0.5)
@@ -350,6 +380,9 @@ def grid_shape(shape: Sequence[int], scale: int = 1) -> tuple[int, ...]:
 
 def sphere_coords(latitude: Tensor, longitude: Tensor) -> Tensor:
     """Points [..., 3] on the unit sphere from latitude and longitude in degrees, tensors of one shape [...]."""
+    check_type("sphere_coords", "latitude", latitude, Tensor)
+    check_tensor("sphere_coords", "latitude", latitude, list(latitude.shape), dtypes=FLOATING)
+    check_tensor("sphere_coords", "longitude", longitude, list(latitude.shape), like=latitude)
     lat, lon = torch.deg2rad(latitude), torch.deg2rad(longitude)
     return torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], -1)
 
@@ -364,6 +397,8 @@ def sphere_grid(
     finer grid does not align in longitude).
     """
     rows, columns = sphere_grid_shape(shape, scale)
+    check_type("sphere_grid", "dtype", dtype, torch.dtype)
+    device = check_device("sphere_grid", device)
     lat = torch.linspace(90, -90, rows, dtype=torch.float64, device=device)
     lon = torch.arange(columns, dtype=torch.float64, device=device) * (360 / columns)
     return sphere_coords(*torch.meshgrid(lat, lon, indexing="ij")).reshape(-1, 3).to(dtype)
@@ -371,6 +406,9 @@ def sphere_grid(
 
 def sphere_grid_shape(shape: Sequence[int], scale: int = 1) -> tuple[int, int]:
     """Sizes (rows, columns) of the grid that `sphere_grid(shape, scale=scale)` covers."""
+    check_type("sphere_grid", "shape", shape, list, tuple)
+    if len(shape) != 2:
+        raise ValueError(f"sphere_grid: shape must be (rows, columns), got {shown(shape)}")
     rows, columns = shape
     check_positive("sphere_grid", "rows", rows)
     check_positive("sphere_grid", "columns", columns)

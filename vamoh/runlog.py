@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vamoh._checks import writing
+from vamoh._files import writing
 
 
 class RunLog:

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vamoh import checkpoint
-from vamoh._checks import writing
+from vamoh._checks import check_device, check_type
+from vamoh._files import check_path, writing
 from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, differences, load_config, save_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
@@ -113,7 +114,8 @@ def train(
     training diverges (the last good checkpoint stays), TrainingInterrupted on SIGINT or SIGTERM, WorkerLost when
     another process of the job ended.
     """
-    out, place = Path(out), checkpoint.check_device("train", device)
+    check_type("train", "config", config, Config)
+    out, place = check_path("train", "out", out), check_device("train", device)
     with ExitStack() as stack:
         workers, place = stack.enter_context(join("train", place))
         begun = workers.largest(bool(workers.by_main(lambda: _check_folder(out, config, resume))))
@@ -159,8 +161,11 @@ class Trainer:
         model: VaMoH | None = None,
         workers: Workers = ALONE,
     ) -> None:
+        check_type("Trainer", "config", config, Config)
+        check_type("Trainer", "dataset", dataset, Dataset)
+        check_type("Trainer", "model", model, VaMoH, type(None))
         self.config, self.dataset, self.workers = config, dataset, workers
-        self.device = checkpoint.check_device("Trainer", device)
+        self.device = check_device("Trainer", device)
         coord_dim, channels = dataset.coord_dim, dataset.channels
         if model is None:
             model = checkpoint.new_model(config, coord_dim, channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from vamoh._checks import check_positive
+from vamoh._checks import check_positive, check_type
 from vamoh.data import arrays, avatars, images, shapes, sphere, voxels
 from vamoh.data.dataset import Dataset
 
@@ -38,6 +38,9 @@ def open_dataset(name: str, path: str | None = None, size: int | None = None, ro
     ImportError when the data needs an optional package. See docs/data.md for what each set holds.
     """
     where = "open_dataset"
+    check_type(where, "name", name, str)
+    check_type(where, "path", path, str, type(None))
+    check_type(where, "root", root, str, type(None))
     if name not in NAMES:
         nearest = difflib.get_close_matches(str(name), NAMES, 1)
         hint = f", did you mean {nearest[0]}?" if nearest else ""

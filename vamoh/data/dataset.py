@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vamoh._checks import check_choice, check_positive, check_tensor
+from vamoh._checks import check_choice, check_positive, check_sizes, check_tensor, check_type
 from vamoh.points import PointSet, grid_coords, grid_shape, sphere_grid, sphere_grid_shape
 
 Kind = Literal["image", "voxels", "sphere", "points"]
@@ -49,6 +49,10 @@ class Dataset:
         check_choice(where, "kind", self.kind, KINDS)
         check_tensor(where, "values", self.values, ["n", "N", "C"], dtypes=[torch.float32, torch.uint8])
         n, count, _ = self.values.shape
+        check_type(where, "coords", self.coords, Tensor)
+        check_type(where, "mask", self.mask, Tensor, type(None))
+        check_type(where, "splits", self.splits, dict)
+        check_sizes(where, "shape", self.shape)
         shared: list[int | str | None] = [count, "D"]
         shape = shared if self.coords.dim() == 2 else [n, *shared]
         check_tensor(where, "coords", self.coords, shape, dtypes=[torch.float32])
@@ -58,7 +62,9 @@ class Dataset:
         if self.kind != "points" and torch.Size(self.shape).numel() != count:
             raise ValueError(f"{where}: shape {list(self.shape)} must hold N={count} points")
         if set(self.splits) != set(SPLITS):
-            raise ValueError(f"{where}: splits must be {', '.join(SPLITS)}, got {', '.join(self.splits)}")
+            raise ValueError(f"{where}: splits must be {', '.join(SPLITS)}, got {', '.join(map(str, self.splits))}")
+        for name, index in self.splits.items():
+            check_tensor(where, f"splits[{name!r}]", index, ["n"], dtypes=[torch.int64])
 
     def __len__(self) -> int:
         return self.values.shape[0]
