@@ -62,6 +62,28 @@ def test_forward_matches_loops_and_the_jacobian(size):
         assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(float(d), abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("w", [0.0, 1e-30])
+def test_a_layer_without_direction_shifts(w, dtype):
+    """w = 0 makes û of the formula 0 / 0, yet leaves nothing to invert: f(v) = v + u · leaky(b)."""
+    plain = flow_of(3, 4, dtype=dtype)
+    leaves = [t.clone() for t in plain[:5]]
+    leaves[1][1] = w if dtype == torch.float32 else 0.0
+    flow = PlanarFlow(*(t.requires_grad_() for t in leaves), slope=0.2)
+    noise = torch.randn(6, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    z, log_p = planar_flow_sample(noise, flow)
+    torch.testing.assert_close(planar_flow_log_prob(z, flow), log_p)
+    (z.sum() + log_p.sum()).backward()
+    assert all(bool(t.grad.isfinite().all()) for t in flow[:5])
+    fixed = [t.detach() for t in flow[:5]]
+    first, middle, last = (PlanarFlow(*(t[i : i + 1] for t in fixed[:3]), *fixed[3:], slope=0.2) for i in range(3))
+    before, _ = planar_flow_sample(noise, first)
+    after, log_det = planar_flow_forward_reference(before, middle)
+    torch.testing.assert_close(after, before + middle.u * torch.where(middle.b >= 0, middle.b, 0.2 * middle.b))
+    assert not log_det.any()
+    torch.testing.assert_close(planar_flow_forward_reference(after, last)[0], z.detach())
+
+
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 50))
 def test_inverse_undoes_forward(layers, latent, seed):
     flow = flow_of(layers, latent, 0.7, seed=seed)

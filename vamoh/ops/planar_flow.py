@@ -121,10 +121,15 @@ def _check(where: str, flow: PlanarFlow, like: Tensor) -> None:
 
 
 def _constrain(flow: PlanarFlow) -> tuple[Tensor, Tensor]:
-    """û [T, Z] and 1 + w·û [T] = softplus(w·u), kept as it is: the sum would round to 0 when w·u is far below 0."""
-    inner = (flow.w * flow.u).sum(-1)
-    gain = F.softplus(inner)
-    return flow.u + ((gain - 1 - inner) / flow.w.square().sum(-1))[:, None] * flow.w, gain
+    """û [T, Z] and 1 + w·û [T] = softplus(w·u), kept as it is: the sum would round to 0 when w·u is far below 0.
+
+    A layer with w = 0 shifts every point alike and needs no û: there û = u and 1 + w·û = 1.
+    """
+    inner, square = (flow.w * flow.u).sum(-1), flow.w.square().sum(-1)
+    bends = square >= torch.finfo(square.dtype).tiny
+    gain = torch.where(bends, F.softplus(inner), 1.0)
+    correction = (gain - 1 - inner) / torch.where(bends, square, 1.0)
+    return flow.u + torch.where(bends, correction, 0.0)[:, None] * flow.w, gain
 
 
 def _constrained(flow: PlanarFlow) -> tuple[Tensor, ...]:
