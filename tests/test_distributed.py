@@ -314,6 +314,30 @@ def test_devices_that_processes_cannot_share(device: str, monkeypatch: pytest.Mo
         pass
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"prior": "normal"},
+        {"kl": "cross_entropy"},
+        {"likelihood": "bernoulli"},
+        {"components": 1},
+        {"frequencies": 0},
+        {"learn_frequencies": True},
+        {"learn_scale": False},
+        {"gating_widths": ()},
+        {"weight_net_slope": 0.2},
+    ],
+)
+def test_without_a_warm_up_every_parameter_has_a_gradient(values: dict[str, Any], folder: Path) -> None:
+    """Then DistributedDataParallel need not look for those that have none."""
+    dataset = open_dataset("arrays", path=str(folder / "data.npy"))
+    config = config_of(folder, flow_warmup=0, gating_warmup=0)
+    trainer = Trainer(replace(config, model=replace(config.model, **values)), dataset)
+    trainer.step()
+    assert all(p.grad is not None for p in trainer.parameters)
+
+
 def test_more_processes_than_functions(folder: Path) -> None:
     dataset = open_dataset("arrays", path=str(folder / "data.npy"))
     with pytest.raises(ValueError, match="train.batch_size .* a function for each of 8 processes, got 7"):
