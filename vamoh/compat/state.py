@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -200,7 +200,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: no checkpoint {path}") from None
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: {path} must hold tensors and plain values alone; objects in it are not loaded, as they could "
