@@ -160,7 +160,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preset polymnist on 8 x 9 points with small networks."""
+    """Small networks; polymnist on 8 x 9 points, shapenet on 120 of 6 x 6 x 6."""
     full = cases.config
 
     def config(name: str, **sizes: object) -> Any:
@@ -168,13 +168,19 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
             "encoder_centroids": (12, 8, 6), "encoder_neighbors": (5, 4, 4), "encoder_channels": (4, 4, 4),
             "frequencies": 6, "hypernet_widths": (4,), "kl_samples": 8,
         }  # fmt: skip
+        if name == "shapenet":
+            small |= {"pool_centroids": (10, 8), "pool_neighbors": (4, 4), "inr_widths": (4, 4)}
+        elif name != "polymnist":
+            return full(name, **sizes)
         of = full(name, **sizes)
-        return replace(of, model=replace(of.model, **small)) if name == "polymnist" else of
+        drawn = of.train.num_points and 120
+        return replace(of, model=replace(of.model, **small), train=replace(of.train, num_points=drawn))
 
     for module in (cases, op_cases):
         monkeypatch.setattr(module, "config", config)
-        monkeypatch.setitem(module.SHAPE, "polymnist", (8, 9))
-        monkeypatch.setitem(module.BATCH, "polymnist", 2)
+        for name, shape in (("polymnist", (8, 9)), ("shapenet", (6, 6, 6))):
+            monkeypatch.setitem(module.SHAPE, name, shape)
+            monkeypatch.setitem(module.BATCH, name, 2)
 
 
 def test_a_whole_call(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +217,17 @@ def test_a_whole_call(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert table[0] == [*HEADER, *GRAPH] and all(len(row) == len(table[0]) for row in table)
     assert len(table) == 2 + kinds.count("measurement")
     assert "Ceilings: fp32" in printed and f"Checks: {kinds.count('check')} of {kinds.count('check')} right." in printed
+
+
+def test_points_drawn_anew(tiny: None, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    given = ["--device", "cpu", "--presets", "shapenet", "--samples", "8", "--budget", "29", "--seconds", "0.01"]
+    assert gpu.main([*given, "--out", str(out), "--only", "shapenet/8"]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    measured = [line for line in lines if line["kind"] == "measurement"]
+    assert [line["what"] for line in measured] == ["train step, 8 flow samples", "train step, 8 flow samples, Adam"]
+    for line in measured:
+        assert list(line["contestants"]) == ["ours", "oracle", "baseline"], line["left_out"]
 
 
 def test_report_of_a_gpu(tmp_path: Path) -> None:
