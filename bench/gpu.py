@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,11 @@ from bench.cases import (
 from bench.counts import Count
 from bench.op_cases import NOTHING, OpCase, op_cases
 from bench.timing import SLOW, TooSlow, plan, ratios, time_limit
+from vamoh.data import Dataset
+from vamoh.data.dataset import SPLITS
 from vamoh.ops import status
 from vamoh.runlog import environment
+from vamoh.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_SIDES = (64, 128, 256, 512, 1024)
@@ -355,6 +358,32 @@ def _train(session: Session, name: str, samples: int, optimizer: bool) -> Iterat
     yield _measured(name, what, case.batch, findings(seconds, count, session.peaks), errors, left_out)
 
 
+IN_A_ROW = 8
+
+
+def _trainer(session: Session, name: str, samples: int) -> Iterator[dict[str, Any]]:
+    """`Trainer.step` as `vamoh train` calls it: points from host memory, neighbours searched beside the step before."""
+    case = session.case(name)
+    case.model.kl_samples = samples
+    host = case.host.values
+    data = Dataset(
+        name, "points", (), case.host.coords, host, dict.fromkeys(SPLITS, torch.arange(len(host))), "logistic"
+    )
+    begun = {"flow_warmup": 0.0, "gating_warmup": 0.0}  # the whole bound from the first step
+    at_rest = replace(case.config.train, lr=1e-12, point_dropout=0.0, batch_size=case.batch, **begun)
+    trainer = Trainer(replace(case.config, train=at_rest), data, device=session.device, model=case.model)
+
+    def steps() -> None:
+        for _ in range(IN_A_ROW):
+            trainer.step()
+
+    seconds = take_turns(session.clock, {"ours": steps}, session.per_contest)
+    trainer.check()
+    each = {n: [t / IN_A_ROW for t in times] for n, times in seconds.items()}
+    found = findings(each, counts.train_step(case.sizes, mirrored=case.mirrored), session.peaks)
+    yield _measured(name, f"Trainer.step, {samples} flow samples, {IN_A_ROW} in a row", case.batch, found, {}, {})
+
+
 def _reconstruct(session: Session, name: str, single: bool, scale: int) -> Iterator[dict[str, Any]]:
     case = session.case(name)
     made = Reconstruct(case, 1 if single else case.batch, scale)
@@ -477,6 +506,7 @@ def schedule(names: Sequence[str] = NAMES, samples: Sequence[int] = SAMPLES) -> 
     for n in names:
         jobs.append(Job(f"check/{n}/step", lambda s, n=n: _steps_are_right(s, n), limit=60))
         jobs += [Job(f"train/{n}/{m}", lambda s, n=n, m=m: _train(s, n, m, False), need=5) for m in samples]
+        jobs += [Job(f"trainer/{n}/{m}", lambda s, n=n, m=m: _trainer(s, n, m), need=5) for m in samples]
         jobs += [Job(f"train/{n}/{m}/adam", lambda s, n=n, m=m: _train(s, n, m, True), need=5) for m in samples[-1:]]
     for n in names:
         jobs += [

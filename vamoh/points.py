@@ -75,28 +75,29 @@ class PointSet:
     def copied(self, coords: Tensor, values: Tensor, mask: Tensor | None) -> PointSet:
         """The same points in these tensors of another memory, with all that is known of their contents."""
         copy = self._with(coords, values, mask, compact=self._compact)
-        if self._range is not None:
-            object.__setattr__(copy, "_range", (version(values), self.value_range()))
-        if self._observed is not None:
-            object.__setattr__(copy, "_observed", (None if mask is None else version(mask), self.observed()))
+        if _fresh(self._range, self.values):
+            object.__setattr__(copy, "_range", (version(values), self._range[1]))  # type: ignore[index]
+        if mask is not None and self.mask is not None and _fresh(self._observed, self.mask):
+            object.__setattr__(copy, "_observed", (version(mask), self._observed[1]))  # type: ignore[index]
         return copy
 
     def value_range(self) -> tuple[float, float]:
-        """Least and largest value, observed or not (0 where there are none); remembered until they are written to."""
-        written = version(self.values)
-        if self._range is None or written is None or self._range[0] != written:
+        """Least and largest value, observed or not (0 where there are none).
+
+        Outside of host memory it is looked for once, until the values are written to.
+        """
+        if self.values.device.type == "cpu" or not _fresh(self._range, self.values):
             low, high = self.values.aminmax() if self.values.numel() else (0.0, 0.0)
-            object.__setattr__(self, "_range", (written, (float(low), float(high))))
+            object.__setattr__(self, "_range", (version(self.values), (float(low), float(high))))
         return self._range[1]  # type: ignore[index]
 
     def observed(self) -> tuple[int, int]:
         """Observed points of the function that has the fewest, and of that with the most; remembered likewise."""
         if self.mask is None:
             return self.count, self.count
-        written = version(self.mask)
-        if self._observed is None or written is None or self._observed[0] != written:
+        if self.mask.device.type == "cpu" or not _fresh(self._observed, self.mask):
             counts = self.mask.sum(-1).flatten().tolist()
-            object.__setattr__(self, "_observed", (written, (min(counts), max(counts))))
+            object.__setattr__(self, "_observed", (version(self.mask), (min(counts), max(counts))))
         return self._observed[1]  # type: ignore[index]
 
     @property
@@ -240,6 +241,11 @@ class PointSet:
         return PointSet(
             pad(list(coords), batch_first=True), pad(list(values), batch_first=True), None if mask.all() else mask
         )
+
+
+def _fresh(found: tuple[int | None, object] | None, value: Tensor) -> bool:
+    """Whether what was found holds: the tensor was not written to since."""
+    return found is not None and found[0] is not None and found[0] == version(value)
 
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
