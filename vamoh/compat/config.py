@@ -65,6 +65,7 @@ SOURCES = {
     "voxels": _Source("chairs", 56, 3, 1),
     "era5": _Source("climate", 54, 3, 1),
 }
+PRIORS = {"nf": "flow", "normal": "normal"}
 LIKELIHOODS = {"logistic": "logistic", "ber": "bernoulli", "cb": "continuous_bernoulli"}
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "lrelu_01": {"inr_activation": "leaky_relu", "inr_slope": 0.1},
@@ -316,9 +317,9 @@ class _Keys:
         self.ours[key] = ours
         return self.values[key]
 
-    def must(self, key: str, allowed: Sequence[Any], why: str) -> Any:
+    def must(self, key: str, allowed: Sequence[Any], why: str, ours: str = "as here") -> Any:
         """Value of a key of which only the `allowed` ones can be reproduced; ValueError for another."""
-        self.ours[key] = "as here"
+        self.ours[key] = ours
         if self.values[key] not in allowed:
             choices = " or ".join(repr(a) for a in allowed)
             raise ValueError(f"{key} must be {choices}, got {self.values[key]!r}: {why}")
@@ -368,11 +369,8 @@ def translate_config(given: Mapping[str, Any], corrected: Sequence[Row] = ()) ->
     keys.must("dataset.use_bn_initial", [False], "the published model has no such layer")
     name = keys.must("dataset.name", list(SOURCES), "the published code loads no other")
     source = SOURCES[name]
-    keys.take(
-        "dataset.name",
-        f"data.name {source.name}: {source.train} training functions in place of the authors' files; "
-        "--data.name and --data.path name yours",
-    )
+    stand_in = f"{source.train} training functions in place of the authors' files"
+    keys.take("dataset.name", f"data.name {source.name}: {stand_in}; --data.name and --data.path name yours")
     size = keys.take("dataset.size", "data.size") if name == "celebahq256" else None
     model = _model(keys, images=source.coord_dim == 2)
     train, epochs = _train(keys, source, name)
@@ -425,12 +423,7 @@ def _model(keys: _Keys, *, images: bool) -> ModelConfig:
     keys.must(f"{net}.use_encoded_coors", [encoding is not None], "the published code fails otherwise")
     if encoding is None and not images:
         raise ValueError("model.name_encoding must be 'fourier', got None: the published code fails for these data")
-    rows = {
-        "frequencies": keys.take("params_encoding.num_frequencies", "model.frequencies") if encoding else 0,
-        "frequency_scale": keys.take("params_encoding.std", "model.frequency_scale"),
-        "learn_frequencies": keys.take("params_encoding.learn_feats", "model.learn_frequencies"),
-    }
-    keys.take("params_encoding.num_frequencies", "model.frequencies")
+    frequencies = keys.take("params_encoding.num_frequencies", "model.frequencies")
     for part in ("prior", "post"):
         for key, value in (("act", "lrelu_01"), ("batchnorm", False), ("l2norm", False)):
             keys.must(f"params_cat_{part}.{key}", [value], "the gating networks are built so")
@@ -442,25 +435,25 @@ def _model(keys: _Keys, *, images: bool) -> ModelConfig:
     keys.must("params_hyper.dropout", [0.0], "there is no dropout of units")
     keys.must("params_hyper.coords_dim", [0], "the published code has no other")
     keys.must("params_fnrep.dropout", [0.0], "there is no dropout of units")
-    act = keys.must("params_fnrep.act", list(ACTIVATIONS), "the coordinate networks have no other activation")
-    keys.take("params_fnrep.act", ", ".join(f"model.{name}" for name in ACTIVATIONS[act]))
-    prior = {"nf": "flow", "normal": "normal"}[keys.must("model.distr_z", ["nf", "normal"], "there is no other prior")]
-    keys.take("model.distr_z", "model.prior")
-    kind = LIKELIHOODS[keys.must("model.distr_x", list(LIKELIHOODS), "there is no other likelihood")]
-    keys.take("model.distr_x", "model.likelihood")
+    why = "the coordinate networks have no other activation"
+    act = keys.must("params_fnrep.act", list(ACTIVATIONS), why, "model.inr_activation and its slope or frequency")
+    prior = PRIORS[keys.must("model.distr_z", list(PRIORS), "there is no other prior", "model.prior")]
+    why = "there is no other likelihood"
+    kind = LIKELIHOODS[keys.must("model.distr_x", list(LIKELIHOODS), why, "model.likelihood")]
     pools = _pools(keys.values)
     for key in ("num_output_points", "num_neighbors"):
         keys.take(f"{net}.avg_pooling_{key}", "model.pool_centroids" if "output" in key else "model.pool_neighbors")
     log_scale = keys.take("model.distr_x_logscales", "model.scale, its sigmoid")
-    hyper, layers = keys.take("params_hyper.dim_inner", "model.hypernet_widths"), keys.values["params_hyper.num_layers"]
-    keys.take("params_hyper.num_layers", "model.hypernet_widths")
-    inr = [keys.take("params_fnrep.dim_inner", "model.inr_widths")] * keys.take(
-        "params_fnrep.num_layers", "model.inr_widths"
+    hyper, inr = (
+        [keys.take(f"params_{part}.{key}", f"model.{ours}") for key in ("dim_inner", "num_layers")]
+        for part, ours in (("hyper", "hypernet_widths"), ("fnrep", "inr_widths"))
     )
     return ModelConfig(
         latent_dim=keys.take("model.dim_z", "model.latent_dim"),
         components=keys.take("params_k_mixture.K", "model.components"),
-        **rows,
+        frequencies=frequencies if encoding else 0,
+        frequency_scale=keys.take("params_encoding.std", "model.frequency_scale"),
+        learn_frequencies=keys.take("params_encoding.learn_feats", "model.learn_frequencies"),
         encoder_centroids=tuple(keys.take(f"{net}.num_output_points", "model.encoder_centroids")),
         encoder_neighbors=tuple(keys.take(f"{net}.num_neighbors", "model.encoder_neighbors")),
         encoder_channels=tuple(keys.take(f"{net}.out_channels", "model.encoder_channels")),
@@ -469,8 +462,8 @@ def _model(keys: _Keys, *, images: bool) -> ModelConfig:
         weight_net=tuple(keys.take(f"{net}.mid_channels", "model.weight_net")),
         prior=prior,  # type: ignore[arg-type]
         flow_layers=keys.take("params_nf.L", "model.flow_layers"),
-        hypernet_widths=tuple(hyper * (i + 1) for i in range(layers)),
-        inr_widths=tuple(inr),
+        hypernet_widths=tuple(hyper[0] * (i + 1) for i in range(hyper[1])),
+        inr_widths=(inr[0],) * inr[1],
         **ACTIVATIONS[act],
         gating_widths=tuple(gating),
         gating_bound="tanh",
