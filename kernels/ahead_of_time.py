@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import inr_mixture
-from .inr_mixture_plan import PRECISIONS, Device, Plan, plan
+from . import inr_mixture, inr_mixture_plan, planar_flow, planar_flow_plan
+from ._plan import Device
+from .inr_mixture_plan import PRECISIONS
 
 CHIPS = {80: 163 << 10, 90: 227 << 10}
 """Shared memory [bytes] that a block may use, by compute capability."""
@@ -28,31 +29,97 @@ MOST_SPILLED = {"forward": 0, "train": 64}
 """Bytes of registers per thread that a kernel may spill."""
 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-_INDICES = ("first", "second")
-_FLOATS = ("half_bin", "epsilon", "slope", "omega")
+_TYPES = {"first": "*i32", "second": "*i32", "seed": "*i64"}
+_FLOATS = ("half_bin", "epsilon", "slope", "omega", "share", "constant")
 _INTEGERS = (
     "theta_b", "theta_k", "features_b", "log_pi_k", "log_pi_n", "points", "rows_total", "tiles", "batch", "components",
-    "groups", "pairs", "splits",
+    "groups", "pairs", "splits", "samples", "layers",
 )  # fmt: skip
+_TYPES |= dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(_INTEGERS, "i32")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel and the constants it is compiled for: None for tensors it does not get. block: in words."""
+
+    kernel: triton.JITFunction
+    kind: str
+    block: str
+    constants: dict[str, object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel for one architecture: layer widths, whether mirrored, activation, likelihood as in the ops."""
+    """A kernel of `inr_mixture.py`: layer widths, whether mirrored, activation, likelihood as in the ops."""
 
     op: str
     widths: tuple[int, ...]
     mirrored: bool = True
     sine: bool = False
     likelihood: tuple[str, float, float, bool] = ("logistic", 1 / 512, 1e-7, False)
+    precisions = PRECISIONS
+
+    def cells(self) -> list[str]:
+        """Op, sizes and variant in the table."""
+        sizes = "-".join(map(str, self.widths)) + " sine" * self.sine + " mirrored" * self.mirrored
+        score = self.likelihood[0] + (", open ends, ε 0" if self.likelihood[3] else "")
+        return [self.op, sizes, "" if "outputs" in self.op else score]
+
+    def compilation(self, precision: str, capability: int) -> Compilation:
+        """How the op compiles it."""
+        training = self.op in ("expected", "outputs_backward")
+        device = Device(capability, 132)
+        p = inr_mixture_plan.plan(self.op, 64, 10, 4096, self.widths, precision, device, self.mirrored)
+        meta = inr_mixture.constants(p, self.widths, self.mirrored, self.sine, self.likelihood, precision)
+        meta |= {"MODE": self.op} | ({"TILE": p.tile} if training else {})
+        meta |= {} if self.mirrored else {"first": None, "second": None}
+        kernel, kind = (inr_mixture.train, "train") if training else (inr_mixture.forward, "forward")
+        return Compilation(kernel, kind, f"{p.rows}×{p.outputs}×{p.inputs}, {_machine(meta)}", meta)
+
+
+@dataclass(frozen=True)
+class FlowCase:
+    """A kernel of `planar_flow.py`: T, Z, and whether the noise is made in the kernel."""
+
+    op: str
+    layers: int
+    latent: int
+    counted: bool = False
+    precisions = ("ieee",)
+
+    def cells(self) -> list[str]:
+        """Op, sizes and variant in the table."""
+        noise = "counter noise" if self.counted else "noise" if self.op in ("value", "expected") else ""
+        return [f"flow {self.op}", f"T {self.layers}, Z {self.latent}", noise]
+
+    def compilation(self, precision: str, capability: int) -> Compilation:
+        """How the op compiles it."""
+        single = self.op in ("log_prob", "sample", "backward")
+        batch = 1 if single else 64
+        p = planar_flow_plan.plan(self.op, 4096, batch, self.latent, self.layers, Device(capability, 132))
+        meta = planar_flow.constants(p, self.latent, self.op)
+        unused = {
+            "log_prob": ["drawn"],
+            "value": ["drawn"],
+            "expected": ["weights", "grad_x"],
+            "backward": ["total_out", "grad_mean", "grad_std"],
+        }.get(self.op, [])
+        unused += ["mean", "std", "noise", "seed"] if single else ["x", "noise" if self.counted else "seed"]
+        kind = planar_flow_plan.kernel_of(self.op)
+        block = f"{p.rows} samples, {_machine(meta)}"
+        return Compilation(getattr(planar_flow, kind), kind, block, meta | dict.fromkeys(unused))
+
+
+def _machine(meta: dict[str, object]) -> str:
+    warps, stages = meta["num_warps"], meta["num_stages"]
+    return f"{warps} warp{'s' * (warps != 1)}, {stages} stage{'s' * (stages != 1)}"
 
 
 @dataclass(frozen=True)
 class Report:
     """What one compiled kernel uses; spilled in bytes per thread, shared in bytes per block."""
 
-    kernel: str
-    plan: Plan
+    block: str
     registers: int
     spilled: int
     shared: int
@@ -60,11 +127,11 @@ class Report:
     mma: int
 
 
-def cases() -> list[Case]:
-    """The kernels of the table: the widths of the presets and the widest, every likelihood, activation and op."""
+def cases() -> list[Case | FlowCase]:
+    """The kernels of the table: the sizes of the presets and the widest, every likelihood, activation and op."""
     exact = ("logistic", 1 / 512, 0.0, True)
     continuous, bernoulli = ("continuous_bernoulli", 0.0, 0.0, False), ("bernoulli", 0.0, 0.0, False)
-    found = []
+    found: list[Case | FlowCase] = []
     for op in ("log_likelihood", "expected"):
         found += [
             Case(op, (256, 64, 64, 64, 3)),
@@ -74,47 +141,41 @@ def cases() -> list[Case]:
             Case(op, (2, 256, 256, 256, 256, 256, 3), mirrored=False),
             Case(op, (256, 128, 128, 17), mirrored=False, likelihood=exact),
         ]
-    return [
-        *found,
+    found += [
         Case("mean", (256, 64, 64, 64, 3)),
         Case("outputs", (256, 64, 64, 64, 3), mirrored=False),
         Case("outputs_backward", (256, 64, 64, 64, 3)),
     ]
+    for op in planar_flow_plan.OPS:
+        for layers, latent in ((80, 64), (40, 32), (3, 16), (6, 1), (10, 200), (10, 512), (10, 1024)):
+            found += [FlowCase(op, layers, latent, counted) for counted in (True, False)[op not in _NOISY :]]
+    return found
 
 
-def report(case: Case, precision: str, capability: int, *, ones: bool = False) -> Report:
+_NOISY = ("value", "expected")
+
+
+def report(case: Case | FlowCase, precision: str, capability: int, *, ones: bool = False) -> Report:
     """Compile one kernel for one chip; ones: all sizes and strides that are arguments are 1, which compiles them in."""
-    training = case.op in ("expected", "outputs_backward")
-    kernel = inr_mixture.train if training else inr_mixture.forward
-    chosen = plan(case.op, 64, 10, 4096, case.widths, precision, Device(capability, 132), case.mirrored)
-    meta = inr_mixture.constants(chosen, case.widths, case.mirrored, case.sine, case.likelihood, precision)
-    meta |= {"MODE": case.op} | ({"TILE": chosen.tile} if training else {})
+    c = case.compilation(precision, capability)
+    kernel, meta = c.kernel, dict(c.constants)
     options = {name: meta.pop(name) for name in _OPTIONS}
-    if not case.mirrored:
-        meta |= dict.fromkeys(_INDICES)
     if ones:
         meta |= {name: 1 for name in _INTEGERS if name in kernel.arg_names}
-    signature = {name: _type(name) if name not in meta else "constexpr" for name in kernel.arg_names}
+    signature = {name: _TYPES.get(name, "*fp32") if name not in meta else "constexpr" for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, meta, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     said = _assemble(ptx)
     return Report(
-        "train" if training else "forward",
-        chosen,
+        c.block,
         max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
         sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
         compiled.metadata.shared,
         ptx.count("wgmma.mma_async"),
         len(re.findall(r"\bmma\.sync\.aligned\.m", ptx)),
     )
-
-
-def _type(name: str) -> str:
-    if name in _INDICES:
-        return "*i32"
-    return "fp32" if name in _FLOATS else "i32" if name in _INTEGERS else "*fp32"
 
 
 def _assemble(ptx: str) -> str:
@@ -130,27 +191,11 @@ def _assemble(ptx: str) -> str:
         return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stderr
 
 
-def row(case: Case, precision: str, capability: int) -> str:
+def row(case: Case | FlowCase, precision: str, capability: int) -> str:
     """Line of the table."""
     r = report(case, precision, capability)
-    p = r.plan
-    network = "-".join(map(str, case.widths)) + (" sine" if case.sine else "") + (" mirrored" if case.mirrored else "")
-    score = case.likelihood[0] + (", open ends, ε 0" if case.likelihood[3] else "")
-    score = "" if "outputs" in case.op else score
-    block = f"{p.rows}×{p.outputs}×{p.inputs}, {p.warps} warps, {p.stages} stage{'s' if p.stages > 1 else ''}"
-    cells = [
-        case.op,
-        network,
-        score,
-        precision,
-        f"sm_{capability}",
-        block,
-        r.registers,
-        r.spilled,
-        r.shared,
-        r.wgmma,
-        r.mma,
-    ]
+    chip = f"sm_{capability}"
+    cells = [*case.cells(), precision, chip, r.block, r.registers, r.spilled, r.shared, r.wgmma, r.mma]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -159,12 +204,14 @@ HEADER = """# Triton kernels: what the compiler reports
 No GPU has run these kernels yet and no time of theirs is known: this is what the compiler says of them, Triton {triton}
 with its own ptxas. `python -m vamoh.kernels.ahead_of_time docs/kernels.md` writes this page, of sources with the digest
 {digest}. `tests/kernels/test_ahead_of_time.py` holds the limits: {limit} KB (sm_80) and {other} KB (sm_90) of shared
-memory per block, no spilled register in the forward kernel, and at most {spilled} bytes of them per thread in training.
+memory per block, no spilled register in forward kernels, and at most {spilled} bytes of them per thread in training.
 
-Block: rows × outputs × inputs of one product. Registers and spilled bytes are per thread, shared memory in bytes per
-block; the last two columns count instructions in the code, not executed ones. `ieee` has no tensor-core instructions.
+The first ops are those of `inr_mixture`; `flow` are those of `planar_flow`, where value is the expected log-density
+alone, expected that with its gradients, and backward the gradients of log_prob. Block: rows × outputs × inputs of one
+product, or the samples of a tile. Registers and spilled bytes are per thread, shared memory in bytes per block; the
+last two columns count instructions in the code, not executed ones. `ieee` has no tensor-core instructions.
 
-| op | network | likelihood | precision | chip | block | registers | spilled | shared | wgmma | mma.sync |
+| op | sizes | variant | precision | chip | block | registers | spilled | shared | wgmma | mma.sync |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -172,8 +219,8 @@ block; the last two columns count instructions in the code, not executed ones. `
 def digest() -> str:
     """Of the code that the table describes, without its docstrings and comments."""
     code = []
-    for name in ("_math", "inr_mixture", "inr_mixture_plan", "ahead_of_time"):
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
@@ -185,7 +232,7 @@ def digest() -> str:
 
 def write(path: Path) -> None:
     """Compile all cases for all chips in all precisions and write the table: some minutes."""
-    rows = [row(case, p, c) for case in cases() for p in PRECISIONS for c in CHIPS]
+    rows = [row(case, p, c) for case in cases() for p in case.precisions for c in CHIPS]
     head = HEADER.format(
         triton=triton.__version__,
         digest=digest(),

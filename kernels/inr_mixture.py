@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _math
-from .inr_mixture_plan import REGISTERS, Device, Plan, plan
+from ._launch import device_of, on
+from .inr_mixture_plan import REGISTERS, Plan, plan
 
 
 @triton.jit
@@ -510,7 +511,7 @@ class _Call:
         self.omega = omega
 
     def plan(self, op: str) -> Plan:
-        device, mirrored = _device(self.theta.device), self.first is not None
+        device, mirrored = device_of(self.theta.device), self.first is not None
         return _plan(op, self.batch, self.components, self.rows, self.widths, self.precision, device, mirrored)
 
     def constants(self, chosen: Plan, likelihood: tuple[str, float, float, bool]) -> dict[str, object]:
@@ -531,7 +532,7 @@ class _Call:
         scratch = self.theta.new_empty(chosen.programs * chosen.scratch)
         values, scale, log_pi = (None if t is None else t.contiguous() for t in (values, scale, log_pi))
         pi_k = 0 if log_pi is None else log_pi.shape[2]
-        with _on(self.theta.device):
+        with on(self.theta.device):
             forward[(chosen.programs,)](
                 self.theta, self.theta.stride(0), self.theta.stride(1), self.features, self.features_b, self.first,
                 self.second, values, scale, log_pi, pi_k, int(pi_k > 1), out, out_map, scratch, half_bin, epsilon,
@@ -554,7 +555,7 @@ class _Call:
         scratch = new(chosen.programs * chosen.scratch)
         shares = [new(chosen.splits, *lead, *rest) for rest in ([self.theta.shape[2]], [channels], [])]
         values, weights, scale = (None if t is None else t.contiguous() for t in (values, weights, scale))
-        with _on(self.theta.device):
+        with on(self.theta.device):
             train[(chosen.programs,)](
                 self.theta, self.theta.stride(0), self.theta.stride(1), self.features, self.features_b, self.first,
                 self.second, values, weights, scale, log_p, *shares, scratch, half_bin, epsilon, self.slope, self.omega,
@@ -565,17 +566,6 @@ class _Call:
 
 
 _plan = functools.lru_cache(plan)
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device("cpu")
-
-
-def _device(device: torch.device) -> Device:
-    if device.type != "cuda":  # under the interpreter; few programs, so that they share, split and group as on a GPU
-        return Device(90, 3)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 _PAIRS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ._plan import Device, power, splits, up
+
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 OPS = ("log_likelihood", "outputs", "mean", "expected", "outputs_backward")
 
@@ -17,18 +19,8 @@ REGISTERS = 255
 MOST_CHANNELS = 64
 MOST_SCRATCH = 32 << 20
 """Bytes of scratch of all programs at which a tile stops to grow; it fits an L2 cache of 40 or 50 MB."""
-MOST_PARTIAL = 128 << 20
-"""Bytes of partial gradients at which splits stop to grow."""
 MOST_TILE = 256
 """Rows after which more rows per update of the gradient save next to nothing."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU: compute capability (80, 90, ...) and number of multiprocessors."""
-
-    capability: int
-    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -96,16 +88,16 @@ def plan(
         raise ValueError(f"inr_mixture: backend 'triton' {reason}")
     training = op in ("expected", "outputs_backward")
     rows, most, inputs, warps, stages = blocks(training, precision, device.capability)
-    width, layers, channels = widths[1], len(widths) - 2, _padded(widths[-1])
-    outputs = min(most, _padded(width))
+    width, layers, channels = widths[1], len(widths) - 2, power(widths[-1], 16)
+    outputs = min(most, power(width, 16))
     inputs = min(inputs, outputs)
-    hidden = _up(width, outputs) * outputs
-    programs = device.multiprocessors * max(1, 65536 // (REGISTERS * 32 * warps))  # as many as have registers
+    hidden = up(width, outputs) * outputs
+    programs = device.programs(REGISTERS, warps)
     per_block = rows // 2 if mirrored else rows
-    count = _up(points, per_block)
+    count = up(points, per_block)
     if not training:
         groups = 1 if op == "mean" else min(components, max(1, programs // max(1, count * batch)))
-        groups = _up(components, _up(components, groups)) if components else 1
+        groups = up(components, up(components, groups)) if components else 1
         items = count * batch * groups
         scratch = 2 * rows * hidden
         return Plan(
@@ -129,10 +121,10 @@ def plan(
         and programs * _train_scratch(2 * tile, layers, hidden, channels) * 4 <= MOST_SCRATCH
     ):
         tile *= 2
-    tiles = _up(points, per_block * (tile // rows))
+    tiles = up(points, per_block * (tile // rows))
     pairs = batch * components
     parameters = sum(a * b + b for a, b in zip(widths, widths[1:]))  # noqa: B905
-    splits = _splits(pairs, tiles, programs, 4 * parameters)
+    shares = splits(pairs, tiles, programs, 4 * parameters)
     scratch = _train_scratch(tile, layers, hidden, channels)
     return Plan(
         rows,
@@ -145,37 +137,11 @@ def plan(
         warps,
         stages,
         1,
-        splits,
-        min(programs, pairs * splits),
+        shares,
+        min(programs, pairs * shares),
         scratch,
     )
 
 
-def _splits(pairs: int, tiles: int, programs: int, size: int) -> int:
-    """The fewest shares of the tiles, none empty, that keep the programs busy 90 % of the time, or nearest to it."""
-    best, most = 1, 0.0
-    for splits in range(1, min(tiles, 4 * programs) + 1):
-        if splits > 1 and splits * pairs * size > MOST_PARTIAL:
-            break
-        each = _up(tiles, splits)
-        if _up(tiles, each) != splits:
-            continue
-        busy = pairs * tiles / (programs * _up(pairs * splits, programs) * each)
-        if busy > most + 0.02:
-            best, most = splits, busy
-        if busy >= 0.9:
-            break
-    return best
-
-
 def _train_scratch(tile: int, layers: int, hidden: int, channels: int) -> int:
     return tile * (2 * layers * hidden + channels)
-
-
-def _padded(width: int) -> int:
-    """The next power of two, at least 16: the smallest side of a product."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _up(a: int, b: int) -> int:
-    return -(-a // b)

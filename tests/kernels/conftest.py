@@ -5,10 +5,13 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before any 
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 import torch
+
+from vamoh.ops import _backend
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,3 +24,30 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch):
+    """Leave out what the interpreter repeats at every call of a device function: its changes to the language hold."""
+    function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    whole = function.__call__
+
+    def call(self, *args, **kwargs):
+        ours = self.fn.__module__.startswith("vamoh.")
+        return self.rewrite()(*args, **kwargs) if ours else whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(function, "__call__", call)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch, quick_interpreter) -> str:
+    """Where the kernels of the test file's OPS run: "cpu" is the interpreter, for which they are registered here."""
+    monkeypatch.setenv("VAMOH_TRITON_PRECISION", "ieee")
+    if request.param == "cpu":
+        if "TRITON_INTERPRET" not in os.environ:
+            pytest.skip("kernels are compiled in this process: there is a CUDA device")
+        float32 = (torch.float32,)
+        for op in request.module.OPS:
+            triton = _backend.Implementation("triton", ("cpu",), float32, lambda: None)
+            monkeypatch.setitem(_backend._REGISTRY, op, [triton, *_backend._REGISTRY[op][1:]])
+    return request.param

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 
 import triton
 
-from vamoh.kernels import ahead_of_time
-from vamoh.kernels.ahead_of_time import CHIPS, MOST_SPILLED, cases, digest
-from vamoh.kernels.inr_mixture_plan import PRECISIONS
+from vamoh.config import PRESETS
+from vamoh.kernels import planar_flow_plan
+from vamoh.kernels.ahead_of_time import CHIPS, MOST_SPILLED, Case, FlowCase, cases, digest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ REWRITE = "run `python -m vamoh.kernels.ahead_of_time docs/kernels.md`"
 def within_limits(row: str) -> bool:
     """Whether a row of the table keeps to the limits, and its kernel uses tensor cores where the precision has any."""
     op, _, _, precision, chip, _, registers, spilled, shared, wgmma, mma = row.strip("| ").split(" | ")
-    kernel = "train" if op in ("expected", "outputs_backward") else "forward"
+    kernel = "train" if op.endswith(("expected", "backward")) else "forward"
     return (
         int(registers) <= 255
         and int(spilled) <= MOST_SPILLED[kernel]
@@ -47,7 +47,7 @@ def compiled(script: str, folder: Path) -> list[str]:
 
 def test_table_is_of_these_sources():
     assert digest() in TEXT, f"the kernels changed: {REWRITE}"
-    assert len(ROWS) == len(cases()) * len(PRECISIONS) * len(CHIPS)
+    assert len(ROWS) == sum(len(case.precisions) for case in cases()) * len(CHIPS)
     assert len(set(ROWS)) == len(ROWS)
 
 
@@ -67,22 +67,25 @@ def test_limits_are_seen():
 def test_kernels_compile(chip, tmp_path):
     """A sample of the table: the default precision, and one kernel each in the others."""
     script = f"""
+flows = [case for case in cases() if isinstance(case, FlowCase) and (case.layers, case.latent) == (40, 32)]
 sample = [(case, "tf32x3") for case in cases()[:3] + cases()[6:7]] + [(cases()[4], "bf16"), (cases()[8], "tf32")]
-for case, precision in sample:
+for case, precision in sample + [(case, "ieee") for case in flows]:
     print(row(case, precision, {chip}))
-for case in (cases()[2], cases()[8]):
-    report(case, "tf32x3", {chip}, ones=True)
+for case in (cases()[2], cases()[8], *flows):
+    report(case, case.precisions[0], {chip}, ones=True)
 """
     rows = compiled(script, tmp_path)
-    assert len(rows) == 6
+    assert len(rows) == 6 + 7
     assert not [row for row in rows if not within_limits(row)]
     if f"Triton {triton.__version__}" in TEXT:
         assert set(rows) <= set(ROWS), f"the compiler reports something else: {REWRITE}"
 
 
 def test_sizes_of_the_table_are_those_of_the_presets():
-    assert {case.op for case in ahead_of_time.cases()} == {
-        "log_likelihood", "expected", "mean", "outputs", "outputs_backward",
-    }  # fmt: skip
-    assert {4, 32, 64, 128, 256} <= {case.widths[1] for case in ahead_of_time.cases()}
-    assert {case.likelihood[0] for case in cases()} == {"logistic", "bernoulli", "continuous_bernoulli"}
+    networks = [case for case in cases() if isinstance(case, Case)]
+    assert {case.op for case in networks} == {"log_likelihood", "expected", "mean", "outputs", "outputs_backward"}
+    assert {4, 32, 64, 128, 256} <= {case.widths[1] for case in networks}
+    assert {case.likelihood[0] for case in networks} == {"logistic", "bernoulli", "continuous_bernoulli"}
+    flows = [case for case in cases() if isinstance(case, FlowCase)]
+    assert {case.op for case in flows} == set(planar_flow_plan.OPS)
+    assert {config.model.latent_dim for config in PRESETS.values()} <= {case.latent for case in flows}

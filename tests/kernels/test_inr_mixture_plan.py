@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vamoh.kernels.inr_mixture_plan import MOST_PARTIAL, MOST_SCRATCH, OPS, PRECISIONS, Device, plan
+from vamoh.kernels._plan import MOST_PARTIAL, Device
+from vamoh.kernels.inr_mixture_plan import MOST_SCRATCH, OPS, PRECISIONS, plan
 
 H200, A100 = Device(90, 132), Device(80, 108)
 CELEBA = (256, 64, 64, 64, 3)

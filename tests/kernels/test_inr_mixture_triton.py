@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 
@@ -26,6 +25,7 @@ from vamoh.ops.inr_mixture import Inr, inr_mixture_mean_reference, inr_mixture_r
 from vamoh.ops.likelihood import Likelihood
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("device")
 
 OPS = ("inr_mixture", "inr_mixture_log_likelihood", "inr_mixture_expected_log_likelihood", "inr_mixture_mean")
 LIKELIHOODS = [
@@ -46,33 +46,6 @@ SIZES = [
     ((1, 1, 20, (4, 128, 128, 3)), "shared"),
     ((1, 1, 9, (2, 256, 1)), "mirrored"),
 ]  # B, K, N, widths
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch):
-    """Leave out what the interpreter repeats at every call of a device function: its changes to the language hold."""
-    function = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
-    whole = function.__call__
-
-    def call(self, *args, **kwargs):
-        ours = self.fn.__module__.startswith("vamoh.")
-        return self.rewrite()(*args, **kwargs) if ours else whole(self, *args, **kwargs)
-
-    monkeypatch.setattr(function, "__call__", call)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
-def device(request, monkeypatch) -> str:
-    """Where the kernels run: "cpu" is the interpreter, for which the backend is registered here."""
-    monkeypatch.setenv("VAMOH_TRITON_PRECISION", "ieee")
-    if request.param == "cpu":
-        if "TRITON_INTERPRET" not in os.environ:
-            pytest.skip("kernels are compiled in this process: there is a CUDA device")
-        float32 = (torch.float32,)
-        for op in OPS:
-            triton = _backend.Implementation("triton", ("cpu",), float32, lambda: None)
-            monkeypatch.setitem(_backend._REGISTRY, op, [triton, *_backend._REGISTRY[op][1:]])
-    return request.param
 
 
 def case(
@@ -381,7 +354,7 @@ def test_status_says_why_it_cannot_run(monkeypatch, device):
     _backend.triton_unavailable.cache_clear()
     monkeypatch.undo()
     rows = {row.op: row for row in status().rows if row.backend == "triton"}
-    assert set(rows) == set(OPS)
+    assert set(OPS) <= set(rows)
     if not torch.cuda.is_available():
         assert {row.reason for row in rows.values()} == {"no CUDA device"}
         with pytest.raises(ValueError, match="backend 'triton' takes tensors on cuda, got cpu"):

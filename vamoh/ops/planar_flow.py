@@ -24,6 +24,8 @@ from vamoh.ops._backend import (
     register,
     require_reference,
     resolve,
+    triton_kernels,
+    triton_unavailable,
 )
 from vamoh.ops._noise import CounterNoise, check_noise, counter_noise_reference
 
@@ -234,8 +236,11 @@ torch.library.register_autograd(
 @torch.library.impl("vamoh::planar_flow_log_prob", "CompositeExplicitAutograd")
 def _run_log_prob(z: Tensor, *arguments: Any) -> Tensor:
     *parameters, slope, backend = arguments
-    if resolve("planar_flow_log_prob", z.device, z.dtype, backend) == "reference":
+    chosen = _resolve("planar_flow_log_prob", z, backend)
+    if chosen == "reference":
         return _reference(z[:, None], None, parameters, slope)[0][:, 0]
+    if chosen == "triton":
+        return triton_kernels("planar_flow").log_prob(z, parameters, slope)  # type: ignore[no-any-return]
     out, z = z.new_empty(len(z)), z.contiguous()
     flow, sizes = _native_arguments(parameters, slope)
     native().planar_flow_log_prob(flow=_addresses(flow), z=z.data_ptr(), out=out.data_ptr(), samples=len(z), **sizes)
@@ -245,7 +250,12 @@ def _run_log_prob(z: Tensor, *arguments: Any) -> Tensor:
 @torch.library.impl("vamoh::planar_flow_log_prob_backward", "CompositeExplicitAutograd")
 def _run_backward(grad: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *parameters, slope, grad_z, grad_flow, backend = arguments
-    if resolve("planar_flow_log_prob", z.device, z.dtype, backend) == "reference":
+    chosen = _resolve("planar_flow_log_prob", z, backend)
+    if chosen == "triton":
+        return triton_kernels("planar_flow").log_prob_backward(  # type: ignore[no-any-return]
+            grad, z, parameters, slope, grad_z, grad_flow
+        )
+    if chosen == "reference":
         by_z, by_flow = torch.empty_like(z), [torch.zeros_like(p) for p in parameters]
         for part in _chunks(len(z), z.shape[1] * len(parameters[1])):
             _, by_z[part, None], found = _reference(z[part, None], grad[part, None], parameters, slope)
@@ -271,8 +281,13 @@ def _run_backward(grad: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, ...
 def _run_expected(mean: Tensor, std: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *parameters, slope, noise, seed, samples, grad_posterior, grad_flow, backend = arguments
     batch, latent = mean.shape
-    if resolve("planar_flow_expected_log_prob", mean.device, mean.dtype, backend) == "reference":
+    chosen = _resolve("planar_flow_expected_log_prob", mean, backend)
+    if chosen == "reference":
         return _expected_reference(mean, std, parameters, slope, noise, seed, samples, grad_posterior, grad_flow)
+    if chosen == "triton":
+        return triton_kernels("planar_flow").expected_log_prob(  # type: ignore[no-any-return]
+            mean, std, parameters, slope, noise, seed, samples, grad_posterior, grad_flow
+        )
     mean, std = mean.contiguous(), std.contiguous()
     noise = None if noise is None else noise.contiguous()
     flow, sizes = _native_arguments(parameters, slope)
@@ -298,7 +313,10 @@ def _run_expected(mean: Tensor, std: Tensor, *arguments: Any) -> tuple[Tensor, .
 @torch.library.impl("vamoh::planar_flow_sample", "CompositeExplicitAutograd")
 def _run_sample(noise: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *parameters, slope, backend = arguments
-    if resolve("planar_flow_sample", noise.device, noise.dtype, backend) == "reference":
+    chosen = _resolve("planar_flow_sample", noise, backend)
+    if chosen == "triton":
+        return triton_kernels("planar_flow").sample(noise, parameters, slope)  # type: ignore[no-any-return]
+    if chosen == "reference":
         u_hat, gain, w, b, loc, log_scale = parameters
         base = loc + log_scale.exp() * noise
         z, log_det = _forward(base, u_hat, gain, w, b, slope)
@@ -315,6 +333,15 @@ def _run_sample(noise: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         **sizes,
     )
     return z, log_p
+
+
+def _resolve(op: str, x: Tensor, backend: str | None) -> str:
+    """Backend for samples or means x [..., Z]."""
+
+    def refusal(name: str) -> str | None:
+        return triton_kernels("planar_flow_plan").refusal(x.shape[-1]) if name == "triton" else None
+
+    return resolve(op, x.device, x.dtype, backend, refusal)
 
 
 def _native_arguments(parameters: Sequence[Tensor], slope: float) -> tuple[list[Tensor], dict[str, Any]]:
@@ -442,5 +469,7 @@ for _op, _limits in (
     ("planar_flow_expected_log_prob", ""),
     ("planar_flow_sample", "no gradients"),
 ):
+    _wide = "at most 1024 dimensions" + (f"; {_limits}" if _limits else "")
+    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable, limits=_wide)
     register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable, limits=_limits)
     register(_op, "reference")
