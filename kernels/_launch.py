@@ -1,10 +1,11 @@
-"""What launches share: the device of the tensors, as the plans know it and as the current one."""
+"""What launches share: the device of the tensors, as the plans know it and as the current one, and the precision."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
+import triton
 
 from ._plan import Device
 
@@ -20,3 +21,8 @@ def device_of(device: torch.device) -> Device:
         return Device(90, 3)
     properties = torch.cuda.get_device_properties(device)
     return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def products(precision: str) -> str:
+    """The PRECISION of `_math.dot`."""
+    return "bf16_rounded" if precision == "bf16" and triton.knobs.runtime.interpret else precision

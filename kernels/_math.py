@@ -48,6 +48,14 @@ def expm1(x):
 
 
 @triton.jit
+def tanh(x):
+    """Hyperbolic tangent."""
+    shrink = expm1(-2.0 * tl.abs(x))
+    size = -shrink / (2.0 + shrink)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
 def sigmoid_parts(x):
     """sigmoid(x), sigmoid(-x) and e^-|x|."""
     small = tl.exp(-tl.abs(x))

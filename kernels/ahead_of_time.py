@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import inr_mixture, inr_mixture_plan, planar_flow, planar_flow_plan
+from . import gating, gating_plan, inr_mixture, inr_mixture_plan, planar_flow, planar_flow_plan
 from ._plan import Device
 from .inr_mixture_plan import PRECISIONS
 
@@ -29,11 +29,12 @@ MOST_SPILLED = {"forward": 0, "train": 64}
 """Bytes of registers per thread that a kernel may spill."""
 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-_TYPES = {"first": "*i32", "second": "*i32", "seed": "*i64"}
+_TYPES = {"first": "*i32", "second": "*i32", "seed": "*i64", "mask": "*i1"}
 _FLOATS = ("half_bin", "epsilon", "slope", "omega", "share", "constant")
 _INTEGERS = (
     "theta_b", "theta_k", "features_b", "log_pi_k", "log_pi_n", "points", "rows_total", "tiles", "batch", "components",
-    "groups", "pairs", "splits", "samples", "layers",
+    "groups", "pairs", "splits", "samples", "layers", "coords_b", "shares", "size", "steps", "q_b", "q_k", "q_n", "p_b",
+    "p_k", "p_n", "mask_b", "mask_n",
 )  # fmt: skip
 _TYPES |= dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(_INTEGERS, "i32")
 
@@ -110,6 +111,87 @@ class FlowCase:
         return Compilation(getattr(planar_flow, kind), kind, block, meta | dict.fromkeys(unused))
 
 
+@dataclass(frozen=True)
+class GatingCase:
+    """A kernel of a network of `gating.py`: layer widths H, ..., K, channels, whether functions share coordinates."""
+
+    op: str
+    widths: tuple[int, ...]
+    channels: int
+    shared: bool = True
+    bounded: bool = False
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """All, but where there are no products."""
+        return PRECISIONS if len(self.widths) > 1 else ("ieee",)
+
+    def cells(self) -> list[str]:
+        """Op, sizes and variant in the table."""
+        variant = f"C {self.channels}" + ", shared" * self.shared + ", tanh" * self.bounded
+        return [self.op, "-".join(map(str, self.widths)), variant]
+
+    def compilation(self, precision: str, capability: int) -> Compilation:
+        """How the op compiles it."""
+        p = gating_plan.plan(self.op, 64, 4096, self.widths, precision, Device(capability, 132))
+        meta = gating.constants(p, self.widths, self.channels, self.bounded, precision)
+        block = f"{p.rows}×{max(p.outputs)}×{p.inputs}, {_machine(meta)}"
+        if self.op == "gating":
+            return Compilation(gating.forward, "forward", block, meta)
+        meta |= {"SHARED": self.shared} | ({} if self.channels else {"grad_values": None})
+        return Compilation(gating.train, "train", block, meta)
+
+
+@dataclass(frozen=True)
+class CoordsCase:
+    """A kernel of `gating_coords`: encoded coordinates E and width H."""
+
+    op: str
+    encoded: int
+    hidden: int
+    precisions = PRECISIONS
+
+    def cells(self) -> list[str]:
+        """Op, sizes and variant in the table."""
+        return [f"gating_{self.op}", f"{self.encoded}-{self.hidden}", ""]
+
+    def compilation(self, precision: str, capability: int) -> Compilation:
+        """How the op compiles it."""
+        device = Device(capability, 132)
+        p = gating_plan.coords_plan(self.op, 1, 4096, self.encoded, self.hidden, precision, device)
+        meta = gating.coords_constants(p, self.encoded, self.hidden, precision)
+        block = f"{p.outputs}×{p.columns}×{p.inputs}, {_machine(meta)}"
+        if self.op == "coords":
+            return Compilation(gating.coords_forward, "forward", block, meta)
+        return Compilation(gating.coords_train, "train", block, meta)
+
+
+@dataclass(frozen=True)
+class KlCase:
+    """A kernel of `categorical_kl` with K components."""
+
+    op: str
+    components: int
+    masked: bool = False
+    precisions = ("ieee",)
+
+    def cells(self) -> list[str]:
+        """Op, sizes and variant in the table."""
+        return [self.op, f"K {self.components}", "mask" if self.masked else ""]
+
+    def compilation(self, precision: str, capability: int) -> Compilation:
+        """How the op compiles it."""
+        meta = gating.kl_constants(self.components)
+        block = f"{gating_plan.KL_POINTS} points, {_machine(meta)}"
+        if self.op == "categorical_kl":
+            meta |= {} if self.masked else {"mask": None}
+            return Compilation(gating.kl_forward, "forward", block, meta)
+        return Compilation(gating.kl_train, "train", block, meta)
+
+
+AnyCase = Case | FlowCase | GatingCase | CoordsCase | KlCase
+
+
 def _machine(meta: dict[str, object]) -> str:
     warps, stages = meta["num_warps"], meta["num_stages"]
     return f"{warps} warp{'s' * (warps != 1)}, {stages} stage{'s' * (stages != 1)}"
@@ -127,11 +209,11 @@ class Report:
     mma: int
 
 
-def cases() -> list[Case | FlowCase]:
+def cases() -> list[AnyCase]:
     """The kernels of the table: the sizes of the presets and the widest, every likelihood, activation and op."""
     exact = ("logistic", 1 / 512, 0.0, True)
     continuous, bernoulli = ("continuous_bernoulli", 0.0, 0.0, False), ("bernoulli", 0.0, 0.0, False)
-    found: list[Case | FlowCase] = []
+    found: list[AnyCase] = []
     for op in ("log_likelihood", "expected"):
         found += [
             Case(op, (256, 64, 64, 64, 3)),
@@ -149,13 +231,28 @@ def cases() -> list[Case | FlowCase]:
     for op in planar_flow_plan.OPS:
         for layers, latent in ((80, 64), (40, 32), (3, 16), (6, 1), (10, 200), (10, 512), (10, 1024)):
             found += [FlowCase(op, layers, latent, counted) for counted in (True, False)[op not in _NOISY :]]
-    return found
+    for op in ("gating", "gating_backward"):
+        found += [
+            GatingCase(op, (64, 32, 10), 3, bounded=True),
+            GatingCase(op, (32, 32, 5), 0),
+            GatingCase(op, (16, 2), 1),
+            GatingCase(op, (256, 256, 64), 17, shared=False),
+            GatingCase(op, (64, 64, 64, 32, 10), 3, bounded=True),
+            GatingCase(op, (10,), 3),
+        ]
+    found += [CoordsCase(op, e, h) for op in ("coords", "coords_backward") for e, h in ((256, 64), (256, 32), (2, 16))]
+    return [
+        *found,
+        KlCase("categorical_kl", 10, True),
+        KlCase("categorical_kl", 10),
+        KlCase("categorical_kl_backward", 10),
+    ]
 
 
 _NOISY = ("value", "expected")
 
 
-def report(case: Case | FlowCase, precision: str, capability: int, *, ones: bool = False) -> Report:
+def report(case: AnyCase, precision: str, capability: int, *, ones: bool = False) -> Report:
     """Compile one kernel for one chip; ones: all sizes and strides that are arguments are 1, which compiles them in."""
     c = case.compilation(precision, capability)
     kernel, meta = c.kernel, dict(c.constants)
@@ -191,7 +288,7 @@ def _assemble(ptx: str) -> str:
         return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stderr
 
 
-def row(case: Case | FlowCase, precision: str, capability: int) -> str:
+def row(case: AnyCase, precision: str, capability: int) -> str:
     """Line of the table."""
     r = report(case, precision, capability)
     chip = f"sm_{capability}"
@@ -208,8 +305,8 @@ memory per block, no spilled register in forward kernels, and at most {spilled} 
 
 The first ops are those of `inr_mixture`; `flow` are those of `planar_flow`, where value is the expected log-density
 alone, expected that with its gradients, and backward the gradients of log_prob. Block: rows × outputs × inputs of one
-product, or the samples of a tile. Registers and spilled bytes are per thread, shared memory in bytes per block; the
-last two columns count instructions in the code, not executed ones. `ieee` has no tensor-core instructions.
+product, or the samples or points of a tile. Registers and spilled bytes are per thread, shared memory in bytes per
+block; the last two columns count instructions in the code, not executed ones. `ieee` has no tensor-core instructions.
 
 | op | sizes | variant | precision | chip | block | registers | spilled | shared | wgmma | mma.sync |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

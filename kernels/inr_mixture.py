@@ -22,32 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import _math
-from ._launch import device_of, on
+from . import _blocks, _math
+from ._launch import device_of, on, products
 from .inr_mixture_plan import REGISTERS, Plan, plan
-
-
-@triton.jit
-def _matrix(
-    start, r0, c0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """[BR, BC] from row r0 and column c0 on of the matrix [ROWS, COLUMNS] at `start`, rows STEP apart; outside 0."""
-    r = r0 + tl.arange(0, BR)[:, None]
-    c = c0 + tl.arange(0, BC)[None, :]
-    if ROWS % BR == 0 and COLUMNS % BC == 0:
-        return tl.load(start + r * STEP + c)
-    else:
-        return tl.load(start + r * STEP + c, mask=(r < ROWS) & (c < COLUMNS), other=0.0)
-
-
-@triton.jit
-def _bias(start, c0, SIZE: tl.constexpr, BC: tl.constexpr):
-    """[1, BC] of the SIZE values at `start`, from c0 on; outside 0."""
-    c = c0 + tl.arange(0, BC)[None, :]
-    if SIZE % BC == 0:
-        return tl.load(start + c)
-    else:
-        return tl.load(start + c, mask=c < SIZE, other=0.0)
 
 
 @triton.jit
@@ -59,12 +36,6 @@ def _features(start, at, there, e0, STOP: tl.constexpr, E: tl.constexpr, BI: tl.
         return tl.load(start + e, mask=there[:, None], other=0.0)
     else:
         return tl.load(start + e, mask=there[:, None] & (e < STOP), other=0.0)
-
-
-@triton.jit
-def _at(scratch, r0, c0, STEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Addresses of a block of scratch, rows STEP apart."""
-    return scratch + (r0 + tl.arange(0, BR)[:, None]) * STEP + c0 + tl.arange(0, BC)[None, :]
 
 
 @triton.jit
@@ -105,18 +76,18 @@ def _first_layer(
     for j in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
         even = tl.zeros((BP, BO), tl.float32)
         for e in range(0, EH, BI):
-            w = _matrix(t, j, e, H, EH, E, BO, BI)
+            w = _blocks.matrix(t, j, e, H, EH, E, BO, BI)
             even = _math.dot(_features(x, at, there, e, EH, E, BI), tl.trans(w), even, PRECISION)
-        even += _bias(bias, j, H, BO)
+        even += _blocks.bias(bias, j, H, BO)
         if MIRROR:
             odd = tl.zeros((BP, BO), tl.float32)
             for e in range(0, EH, BI):
-                w = _matrix(t + EH, j, e, H, EH, E, BO, BI)
+                w = _blocks.matrix(t + EH, j, e, H, EH, E, BO, BI)
                 odd = _math.dot(_features(x + EH, at, there, e, EH, E, BI), tl.trans(w), odd, PRECISION)
-            tl.store(_at(to, 0, j, HS, BP, BO), even + odd)
-            tl.store(_at(to, BP, j, HS, BP, BO), even - odd)
+            tl.store(_blocks.at(to, 0, j, HS, BP, BO), even + odd)
+            tl.store(_blocks.at(to, BP, j, HS, BP, BO), even - odd)
         else:
-            tl.store(_at(to, 0, j, HS, BP, BO), even)
+            tl.store(_blocks.at(to, 0, j, HS, BP, BO), even)
 
 
 @triton.jit
@@ -128,9 +99,9 @@ def _hidden_layer(
     for j in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
         acc = tl.zeros((BR, BO), tl.float32)
         for i in range(0, HS, BI):
-            h = _math.activate(tl.load(_at(before, 0, i, HS, BR, BI)), slope, omega, SINE)
-            acc = _math.dot(h, tl.trans(_matrix(w, j, i, H, H, H, BO, BI)), acc, PRECISION)
-        tl.store(_at(to, 0, j, HS, BR, BO), acc + _bias(bias, j, H, BO))
+            h = _math.activate(tl.load(_blocks.at(before, 0, i, HS, BR, BI)), slope, omega, SINE)
+            acc = _math.dot(h, tl.trans(_blocks.matrix(w, j, i, H, H, H, BO, BI)), acc, PRECISION)
+        tl.store(_blocks.at(to, 0, j, HS, BR, BO), acc + _blocks.bias(bias, j, H, BO))
 
 
 @triton.jit
@@ -141,9 +112,9 @@ def _output_layer(
     """Outputs [BR, CP]."""
     acc = tl.zeros((BR, CP), tl.float32)
     for i in range(0, HS, BI):
-        h = _math.activate(tl.load(_at(before, 0, i, HS, BR, BI)), slope, omega, SINE)
-        acc = _math.dot(h, tl.trans(_matrix(w, 0, i, C, H, H, CP, BI)), acc, PRECISION)
-    return acc + _bias(bias, 0, C, CP)
+        h = _math.activate(tl.load(_blocks.at(before, 0, i, HS, BR, BI)), slope, omega, SINE)
+        acc = _math.dot(h, tl.trans(_blocks.matrix(w, 0, i, C, H, H, CP, BI)), acc, PRECISION)
+    return acc + _blocks.bias(bias, 0, C, CP)
 
 
 @triton.jit
@@ -228,26 +199,14 @@ def _hidden_gradient(
     for i in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
         acc = tl.zeros((BR, BO), tl.float32)
         for j in range(0, STEP, BI):
-            acc = _math.dot(tl.load(_at(grad, 0, j, STEP, BR, BI)), _matrix(w, j, i, OUT, H, H, BI, BO), acc, PRECISION)
-        acc = _math.activate_backward(acc, tl.load(_at(before, 0, i, HS, BR, BO)), slope, omega, SINE)
-        tl.store(_at(to, 0, i, HS, BR, BO), acc)
-
-
-@triton.jit
-def _accumulate(
-    to, r0, c0, x, fresh, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr,
-):  # fmt: skip
-    """Add the block x [BR, BC] to the matrix at `to` from row r0 and column c0 on; with `fresh` it was nothing yet."""
-    r = r0 + tl.arange(0, BR)[:, None]
-    c = c0 + tl.arange(0, BC)[None, :]
-    if ROWS % BR == 0 and COLUMNS % BC == 0:
-        before = tl.load(to + r * STEP + c, mask=not fresh, other=0.0)
-        tl.store(to + r * STEP + c, before + x)
-    else:
-        inside = (r < ROWS) & (c < COLUMNS)
-        before = tl.load(to + r * STEP + c, mask=inside & (not fresh), other=0.0)
-        tl.store(to + r * STEP + c, before + x, mask=inside)
+            acc = _math.dot(
+                tl.load(_blocks.at(grad, 0, j, STEP, BR, BI)),
+                _blocks.matrix(w, j, i, OUT, H, H, BI, BO),
+                acc,
+                PRECISION,
+            )
+        acc = _math.activate_backward(acc, tl.load(_blocks.at(before, 0, i, HS, BR, BO)), slope, omega, SINE)
+        tl.store(_blocks.at(to, 0, i, HS, BR, BO), acc)
 
 
 @triton.jit
@@ -260,15 +219,15 @@ def _weight_gradient(
     for j in tl.range(0, STEP, BJ, num_stages=1, disable_licm=True):
         bias = tl.zeros((1, BJ), tl.float32)
         for r in range(0, TILE, BI):
-            bias += tl.sum(tl.load(_at(grad, r, j, STEP, BI, BJ)), 0)[None, :]
-        _accumulate(to_bias, 0, j, bias, fresh, 1, OUT, OUT, 1, BJ)
+            bias += tl.sum(tl.load(_blocks.at(grad, r, j, STEP, BI, BJ)), 0)[None, :]
+        _blocks.accumulate(to_bias, 0, j, bias, fresh, 1, OUT, OUT, 1, BJ)
         for i in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
             acc = tl.zeros((BJ, BO), tl.float32)
             for r in range(0, TILE, BI):
-                d = tl.load(_at(grad, r, j, STEP, BI, BJ))
-                h = _math.activate(tl.load(_at(before, r, i, HS, BI, BO)), slope, omega, SINE)
+                d = tl.load(_blocks.at(grad, r, j, STEP, BI, BJ))
+                h = _math.activate(tl.load(_blocks.at(before, r, i, HS, BI, BO)), slope, omega, SINE)
                 acc = _math.dot(tl.trans(d), h, acc, PRECISION)
-            _accumulate(to, j, i, acc, fresh, OUT, H, H, BJ, BO)
+            _blocks.accumulate(to, j, i, acc, fresh, OUT, H, H, BJ, BO)
 
 
 @triton.jit
@@ -284,19 +243,19 @@ def _first_gradient(
     for j in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
         bias = tl.zeros((1, BO), tl.float32)
         for r in range(0, TILE, BI):
-            bias += tl.sum(tl.load(_at(grad, r, j, HS, BI, BO)), 0)[None, :]
-        _accumulate(to_bias, 0, j, bias, fresh, 1, H, H, 1, BO)
+            bias += tl.sum(tl.load(_blocks.at(grad, r, j, HS, BI, BO)), 0)[None, :]
+        _blocks.accumulate(to_bias, 0, j, bias, fresh, 1, H, H, 1, BO)
         for half in tl.range(SIDES, num_stages=1, disable_licm=True):
             for e in tl.range(0, EH, BO, num_stages=1, disable_licm=True):
                 acc = tl.zeros((BO, BO), tl.float32)
                 for r in range(0, TILE // SIDES, BI):
                     at, there = _leading(first, row0 + r, rows_total, BI, MIRROR)
                     here = r // BP * BR + r % BP
-                    d = tl.load(_at(grad, here, j, HS, BI, BO))
+                    d = tl.load(_blocks.at(grad, here, j, HS, BI, BO))
                     if MIRROR:
-                        d += (1 - 2 * half) * tl.load(_at(grad, here + BP, j, HS, BI, BO))
+                        d += (1 - 2 * half) * tl.load(_blocks.at(grad, here + BP, j, HS, BI, BO))
                     acc = _math.dot(tl.trans(d), _features(x + half * EH, at, there, e, EH, E, BO), acc, PRECISION)
-                _accumulate(to + half * EH, j, e, acc, fresh, H, EH, E, BO, BO)
+                _blocks.accumulate(to + half * EH, j, e, acc, fresh, H, EH, E, BO, BO)
 
 
 @triton.jit
@@ -368,7 +327,7 @@ def train(
                     total += tl.where(there, q * log_p, 0.0)
                     by_scale += tl.sum(tl.where(shown, q[:, None] * scaled, 0.0), 0)
                     grad = tl.where(shown, q[:, None] * grad, 0.0)
-                tl.store(_at(grad_out, r, 0, CP, BR, CP), grad)
+                tl.store(_blocks.at(grad_out, r, 0, CP, BR, CP), grad)
                 tl.debug_barrier()
                 to = grads + (L - 1) * LAYER + r * HS
                 w = t + OUTPUT
@@ -515,9 +474,8 @@ class _Call:
         return _plan(op, self.batch, self.components, self.rows, self.widths, self.precision, device, mirrored)
 
     def constants(self, chosen: Plan, likelihood: tuple[str, float, float, bool]) -> dict[str, object]:
-        rounded = self.precision == "bf16" and triton.knobs.runtime.interpret
-        precision = "bf16_rounded" if rounded else self.precision
-        return constants(chosen, self.widths, self.first is not None, self.activation == "sine", likelihood, precision)
+        sine, precision = self.activation == "sine", products(self.precision)
+        return constants(chosen, self.widths, self.first is not None, sine, likelihood, precision)
 
     def forward(
         self, op: str, out: Tensor, out_map: Tensor, *, values: Tensor | None = None, scale: Tensor | None = None,

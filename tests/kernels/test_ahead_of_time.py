@@ -15,7 +15,7 @@ import triton
 
 from vamoh.config import PRESETS
 from vamoh.kernels import planar_flow_plan
-from vamoh.kernels.ahead_of_time import CHIPS, MOST_SPILLED, Case, FlowCase, cases, digest
+from vamoh.kernels.ahead_of_time import CHIPS, MOST_SPILLED, Case, FlowCase, GatingCase, cases, digest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -69,13 +69,15 @@ def test_kernels_compile(chip, tmp_path):
     script = f"""
 flows = [case for case in cases() if isinstance(case, FlowCase) and (case.layers, case.latent) == (40, 32)]
 sample = [(case, "tf32x3") for case in cases()[:3] + cases()[6:7]] + [(cases()[4], "bf16"), (cases()[8], "tf32")]
-for case, precision in sample + [(case, "ieee") for case in flows]:
+gates = [case for case in cases() if isinstance(case, GatingCase) and case.widths in ((16, 2), (10,))]
+rest = [*flows, *gates, *(case for case in cases() if isinstance(case, CoordsCase | KlCase) and case.op != "coords")]
+for case, precision in sample + [(case, case.precisions[0]) for case in rest]:
     print(row(case, precision, {chip}))
-for case in (cases()[2], cases()[8], *flows):
+for case in (cases()[2], cases()[8], *flows, *gates):
     report(case, case.precisions[0], {chip}, ones=True)
 """
     rows = compiled(script, tmp_path)
-    assert len(rows) == 6 + 7
+    assert len(rows) == 6 + 7 + 4 + 6
     assert not [row for row in rows if not within_limits(row)]
     if f"Triton {triton.__version__}" in TEXT:
         assert set(rows) <= set(ROWS), f"the compiler reports something else: {REWRITE}"
@@ -89,3 +91,9 @@ def test_sizes_of_the_table_are_those_of_the_presets():
     flows = [case for case in cases() if isinstance(case, FlowCase)]
     assert {case.op for case in flows} == set(planar_flow_plan.OPS)
     assert {config.model.latent_dim for config in PRESETS.values()} <= {case.latent for case in flows}
+    gates = [case for case in cases() if isinstance(case, GatingCase)]
+    models = [config.model for config in PRESETS.values()]
+    wanted = {(*m.gating_widths, m.components) for m in models}
+    assert max(map(len, wanted)) < max(len(case.widths) for case in gates)
+    assert max(max(widths) for widths in wanted) <= max(max(case.widths) for case in gates)
+    assert {case.bounded for case in gates} == {case.shared for case in gates} == {True, False}

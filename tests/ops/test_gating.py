@@ -399,7 +399,7 @@ def test_there_is_no_second_derivative(backend):
         ),
         ({"biases": [torch.zeros(3), torch.zeros(3)]}, ValueError, r"biases\[1\] must have shape \[2\], got \[3\]"),
         ({"slope": -0.5}, ValueError, "slope must be between 0 and 1, got -0.5"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of cpu, reference, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of triton, cpu, reference, got 'cuda'"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

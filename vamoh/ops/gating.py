@@ -25,6 +25,9 @@ from vamoh.ops._backend import (
     register,
     register_plain,
     resolve,
+    triton_kernels,
+    triton_precision,
+    triton_unavailable,
 )
 from vamoh.ops._points import check_mask
 
@@ -150,8 +153,11 @@ def _coords_backward_fake(
 
 @torch.library.impl("vamoh::gating_coords", "CompositeExplicitAutograd")
 def _coords_run(encoded: Tensor, weights: list[Tensor], backend: str | None) -> list[Tensor]:
-    if resolve("gating_coords", encoded.device, encoded.dtype, backend) != "cpu":
+    chosen = resolve("gating_coords", encoded.device, encoded.dtype, backend)
+    if chosen == "reference":
         return [w @ encoded.mT for w in weights]
+    if chosen == "triton":
+        return triton_kernels("gating").coords(encoded, weights, triton_precision())  # type: ignore[no-any-return]
     encoded, weights = encoded.contiguous(), [w.contiguous() for w in weights]
     parts = [encoded.new_empty(encoded.shape[0], w.shape[0], encoded.shape[1]) for w in weights]
     native().gating_coords(
@@ -166,8 +172,13 @@ def _coords_run(encoded: Tensor, weights: list[Tensor], backend: str | None) -> 
 def _coords_backward_run(
     grads: list[Tensor], encoded: Tensor, weights: list[Tensor], backend: str | None
 ) -> list[Tensor]:
-    if resolve("gating_coords", encoded.device, encoded.dtype, backend) != "cpu":
+    chosen = resolve("gating_coords", encoded.device, encoded.dtype, backend)
+    if chosen == "reference":
         return [(grad @ encoded).sum(0) for grad in grads]
+    if chosen == "triton":
+        return triton_kernels("gating").coords_backward(  # type: ignore[no-any-return]
+            grads, encoded, weights, triton_precision()
+        )
     grads, encoded = [grad.contiguous() for grad in grads], encoded.contiguous()
     grad_weights = [w.new_empty(w.shape) for w in weights]
     native().gating_coords_backward(
@@ -273,8 +284,13 @@ def _run(
     bounded: bool,
     backend: str | None,
 ) -> Tensor:
-    if resolve("gating", shift.device, shift.dtype, backend) != "cpu":
+    chosen = _resolve(shift, widths, backend)
+    if chosen == "reference":
         return gating_reference(coords, shift, values, parameters, widths, slope, bounded)
+    if chosen == "triton":
+        return triton_kernels("gating").gating(  # type: ignore[no-any-return]
+            coords, shift, values, parameters, widths, slope, bounded, triton_precision()
+        )
     coords, shift, parameters = coords.contiguous(), shift.contiguous(), parameters.contiguous()
     values = None if values is None else values.contiguous()
     log_p = _empty_log_p(coords, shift, widths)
@@ -296,9 +312,14 @@ def _backward_run(
     by_values: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    if resolve("gating", shift.device, shift.dtype, backend) != "cpu":
+    chosen = _resolve(shift, widths, backend)
+    if chosen == "reference":
         return gating_backward_reference(
             grad, log_p, coords, shift, values, parameters, widths, slope, bounded, by_values
+        )
+    if chosen == "triton":
+        return triton_kernels("gating").gating_backward(  # type: ignore[no-any-return]
+            grad, log_p, coords, shift, values, parameters, widths, slope, bounded, by_values, triton_precision()
         )
     coords, shift, parameters = coords.contiguous(), shift.contiguous(), parameters.contiguous()
     values = None if values is None else values.contiguous()
@@ -314,6 +335,13 @@ def _backward_run(
         **_arguments(coords, shift, values, parameters, widths, slope, bounded),
     )
     return grads
+
+
+def _resolve(shift: Tensor, widths: Sequence[int], backend: str | None) -> str:
+    def refusal(name: str) -> str | None:
+        return triton_kernels("gating_plan").refusal(widths) if name == "triton" else None
+
+    return resolve("gating", shift.device, shift.dtype, backend, refusal)
 
 
 def _arguments(
@@ -460,8 +488,11 @@ def _kl_backward_fake(
 
 @torch.library.impl("vamoh::categorical_kl", "CompositeExplicitAutograd")
 def _kl_run(log_q: Tensor, log_p: Tensor, mask: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    if resolve("categorical_kl", log_q.device, log_q.dtype, backend) != "cpu":
+    chosen = resolve("categorical_kl", log_q.device, log_q.dtype, backend)
+    if chosen == "reference":
         return categorical_kl_reference(log_q, log_p, mask)
+    if chosen == "triton":
+        return triton_kernels("gating").categorical_kl(log_q, log_p, mask)  # type: ignore[no-any-return]
     q, kl = log_q.new_empty(log_q.shape), log_q.new_empty(log_q.shape[0])
     log_q, log_p, uniform = _kl_contiguous(log_q, log_p)
     mask, mask_step = (None, 0) if mask is None else items(mask)
@@ -479,8 +510,13 @@ def _kl_run(log_q: Tensor, log_p: Tensor, mask: Tensor | None, backend: str | No
 def _kl_backward_run(
     grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if resolve("categorical_kl", log_q.device, log_q.dtype, backend) != "cpu":
+    chosen = resolve("categorical_kl", log_q.device, log_q.dtype, backend)
+    if chosen == "reference":
         return categorical_kl_backward_reference(grad_q, grad_kl, q, log_q, log_p)
+    if chosen == "triton":
+        return triton_kernels("gating").categorical_kl_backward(  # type: ignore[no-any-return]
+            grad_q, grad_kl, q, log_q, log_p
+        )
     grads = q.new_empty(q.shape), q.new_empty(q.shape)
     log_q, log_p, uniform = _kl_contiguous(log_q, log_p)
     grad_q, grad_kl, q = grad_q.contiguous(), grad_kl.contiguous(), q.contiguous()
@@ -548,5 +584,6 @@ def categorical_kl_backward_reference(
 
 
 for _op in ("gating_coords", "gating", "categorical_kl"):
+    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable)
     register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
     register(_op, "reference")

@@ -1,0 +1,545 @@
+"""Gating networks and the categorical divergence in Triton: the kernels and what calls them.
+
+A program works on tiles of BR points of one function; rows of a tile are points. Hidden values go through `scratch`,
+memory of the program's own that stays in its cache, as in `inr_mixture.py`: only the inner loops of products, which
+store nothing, may be pipelined. The gradient computes the hidden values again. A program in training has a group of
+the tiles and a share of the functions, and adds to partial sums of its own: of the coordinates' part per share, of the
+shift per group, and of the parameters.
+
+Letters beyond those of docs/architecture.md: WIDTHS are H, ..., K, STEPS the same padded to whole blocks BLOCKS, KP the
+last of them, MOST and TOTAL the largest and the sum; IN and OUT are widths of a layer; L layers come after the first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _blocks, _math
+from ._launch import device_of, on, products
+from .gating_plan import KL_POINTS, REGISTERS, CoordsPlan, Plan, coords_plan, kl_splits, plan
+
+
+@triton.jit
+def _first_layer(
+    coords, shift, values, weight, at, to, points, H: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr,
+    BR: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Values before the activation at the points `at`, to scratch."""
+    for j in tl.range(0, STEP, BO, num_stages=1, disable_licm=True):
+        c = j + tl.arange(0, BO)
+        inside = (c < H)[None, :]
+        h = tl.load(coords + c.to(tl.int64)[None, :] * points + at[:, None], mask=inside, other=0.0)
+        h += tl.load(shift + c, mask=c < H, other=0.0)[None, :]
+        for i in range(C):
+            y = tl.load(values + at.to(tl.int64) * C + i)
+            h += y[:, None] * tl.load(weight + c * C + i, mask=c < H, other=0.0)[None, :]
+        tl.store(_blocks.at(to, 0, j, STEP, BR, BO), h)
+
+
+@triton.jit
+def _layer(
+    w, before, slope, j, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
+    BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs [BR, BO] from j on of the layer of weights, then biases at w, from the values before the activation."""
+    acc = tl.zeros((BR, BO), tl.float32)
+    for i in range(0, STEP, BI):
+        h = _math.activate(tl.load(_blocks.at(before, 0, i, STEP, BR, BI)), slope, 0.0, False)
+        acc = _math.dot(h, tl.trans(_blocks.matrix(w, j, i, OUT, IN, IN, BO, BI)), acc, PRECISION)
+    return acc + _blocks.bias(w + OUT * IN, j, OUT, BO)
+
+
+@triton.jit
+def _hidden_layer(
+    w, before, to, slope, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, STEP_TO: tl.constexpr,
+    BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The next layer's values before the activation, scratch to scratch."""
+    for j in tl.range(0, STEP_TO, BO, num_stages=1, disable_licm=True):
+        h = _layer(w, before, slope, j, IN, OUT, STEP, BR, BO, BI, PRECISION)
+        tl.store(_blocks.at(to, 0, j, STEP_TO, BR, BO), h)
+
+
+@triton.jit
+def forward(
+    coords, coords_b, shift, values, parameters, log_p, scratch, slope, points, tiles, batch, C: tl.constexpr,
+    L: tl.constexpr, WIDTHS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr,
+    TOTAL: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Log-probabilities [B, K, N] of networks of L layers after the first. An item of work is a tile and a function."""
+    H: tl.constexpr = WIDTHS[0]
+    K: tl.constexpr = WIDTHS[L]
+    KP: tl.constexpr = STEPS[L]
+    k = tl.arange(0, KP)[None, :]
+    one = scratch + tl.program_id(0).to(tl.int64) * (2 * BR * MOST)
+    for item in tl.range(tl.program_id(0), tiles * batch, tl.num_programs(0), num_stages=1, disable_licm=True):
+        b = tl.full((), item // tiles, tl.int64)
+        row = item % tiles * BR + tl.arange(0, BR)
+        at = tl.minimum(row, points - 1)
+        y = values + b * points * C
+        x = coords + b * coords_b
+        _first_layer(x, shift + b * H, y, parameters, at, one, points, H, STEPS[0], C, BR, BLOCKS[0])
+        tl.debug_barrier()
+        w = parameters + H * C
+        source = one
+        target = one + BR * MOST
+        for i in tl.static_range(L - 1):
+            _hidden_layer(
+                w, source, target, slope, WIDTHS[i], WIDTHS[i + 1], STEPS[i], STEPS[i + 1], BR, BLOCKS[i + 1],
+                BI, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+            w += WIDTHS[i + 1] * (WIDTHS[i] + 1)
+            swap = source
+            source = target
+            target = swap
+        if L == 0:
+            logits = tl.load(_blocks.at(one, 0, 0, KP, BR, KP))
+        else:
+            logits = _layer(w, source, slope, 0, WIDTHS[L - 1], K, STEPS[L - 1], BR, KP, BI, PRECISION)
+        tl.debug_barrier()
+        if BOUNDED:
+            logits = _math.tanh(logits)
+        logits = tl.where(k < K, logits, float("-inf"))
+        logits -= tl.max(logits, 1)[:, None]
+        logits -= tl.log(tl.sum(tl.exp(logits), 1))[:, None]
+        tl.store(log_p + (b * K + k) * points + row[:, None], logits, mask=(row < points)[:, None] & (k < K))
+
+
+@triton.jit
+def train(
+    grad, log_p, coords, coords_b, shift, values, parameters, grad_coords, grad_shift, grad_values, grad_parameters,
+    scratch, slope, points, tiles, batch, groups, shares, size, C: tl.constexpr, L: tl.constexpr, WIDTHS: tl.constexpr,
+    STEPS: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, TOTAL: tl.constexpr, BR: tl.constexpr,
+    BI: tl.constexpr, BOUNDED: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients from those of log_p, both [B, K, N].
+
+    grad_coords [shares, H, N] if the coordinates' part is SHARED by the functions, else [B, H, N]; grad_shift
+    [groups, B, H]; grad_values [B, N, C] or None; grad_parameters [groups · shares, size]. A program has one group of
+    the tiles and one share of the functions.
+    """
+    H: tl.constexpr = WIDTHS[0]
+    K: tl.constexpr = WIDTHS[L]
+    KP: tl.constexpr = STEPS[L]
+    k = tl.arange(0, KP)[None, :]
+    program = tl.program_id(0).to(tl.int64)
+    before = scratch + program * (BR * (TOTAL + 2 * MOST))
+    one = before + BR * TOTAL
+    mine = grad_parameters + program * size
+    group = tl.program_id(0) % groups
+    share = tl.program_id(0) // groups
+    each = tl.cdiv(tiles, groups)
+    many = tl.cdiv(batch, shares)
+    for tile in tl.range(group * each, tl.minimum(group * each + each, tiles), num_stages=1, disable_licm=True):
+        row = tile * BR + tl.arange(0, BR)
+        at = tl.minimum(row, points - 1)
+        for function in tl.range(share * many, tl.minimum(share * many + many, batch), num_stages=1, disable_licm=True):
+            first_tile = tile == group * each
+            first = function == share * many
+            fresh = first_tile & first
+            b = tl.full((), function, tl.int64)
+            y = values + b * points * C
+            x = coords + b * coords_b
+            _first_layer(x, shift + b * H, y, parameters, at, before, points, H, STEPS[0], C, BR, BLOCKS[0])
+            tl.debug_barrier()
+            w = parameters + H * C
+            g = mine + H * C
+            source = before
+            for i in tl.static_range(L - 1):
+                _hidden_layer(
+                    w, source, source + BR * STEPS[i], slope, WIDTHS[i], WIDTHS[i + 1], STEPS[i], STEPS[i + 1], BR,
+                    BLOCKS[i + 1], BI, PRECISION,
+                )  # fmt: skip
+                tl.debug_barrier()
+                w += WIDTHS[i + 1] * (WIDTHS[i] + 1)
+                g += WIDTHS[i + 1] * (WIDTHS[i] + 1)
+                source += BR * STEPS[i]
+            inside = (row < points)[:, None] & (k < K)
+            to = (b * K + k) * points + row[:, None]
+            d = tl.load(grad + to, mask=inside, other=0.0)
+            d -= tl.exp(tl.load(log_p + to, mask=inside, other=float("-inf"))) * tl.sum(d, 1)[:, None]
+            if BOUNDED:
+                if L == 0:
+                    logits = tl.load(_blocks.at(before, 0, 0, KP, BR, KP))
+                else:
+                    logits = _layer(w, source, slope, 0, WIDTHS[L - 1], K, STEPS[L - 1], BR, KP, BI, PRECISION)
+                bounded = _math.tanh(logits)
+                d *= 1.0 - bounded * bounded
+            tl.store(_blocks.at(one, 0, 0, KP, BR, KP), tl.where(inside, d, 0.0))
+            tl.debug_barrier()
+            after = one
+            target = one + BR * MOST
+            for j in tl.static_range(L):
+                _weight_gradient(
+                    g, after, source, fresh, slope, WIDTHS[L - 1 - j], WIDTHS[L - j], STEPS[L - 1 - j], STEPS[L - j],
+                    BR, BLOCKS[L - j], BLOCKS[L - 1 - j], BI, PRECISION,
+                )  # fmt: skip
+                _hidden_gradient(
+                    w, after, source, target, slope, WIDTHS[L - 1 - j], WIDTHS[L - j], STEPS[L - 1 - j], STEPS[L - j],
+                    BR, BLOCKS[L - 1 - j], BI, PRECISION,
+                )  # fmt: skip
+                tl.debug_barrier()
+                if j < L - 1:
+                    w -= WIDTHS[L - 1 - j] * (WIDTHS[L - 2 - j] + 1)
+                    g -= WIDTHS[L - 1 - j] * (WIDTHS[L - 2 - j] + 1)
+                    source -= BR * STEPS[L - 2 - j]
+                swap = after
+                after = target
+                target = swap
+            own_coords = grad_coords + (tl.full((), share, tl.int64) if SHARED else b) * H * points
+            _first_gradient(
+                own_coords, first | (not SHARED), grad_shift + (group * batch + b) * H, first_tile, mine, fresh, after,
+                y, at, row, points, H, STEPS[0], C, BR, BLOCKS[0],
+            )  # fmt: skip
+            if grad_values is not None:
+                to_values = grad_values + b * points * C
+                _value_gradient(to_values, after, parameters, row, points, H, STEPS[0], C, BR, BLOCKS[0])
+            tl.debug_barrier()
+
+
+@triton.jit
+def _first_gradient(
+    to_coords, first, to_shift, first_tile, to_weight, fresh, grad, values, at, row, points, H: tl.constexpr,
+    STEP: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of what the first layer is a sum of: coordinates' part, shift and the values' weight."""
+    for j in tl.range(0, STEP, BO, num_stages=1, disable_licm=True):
+        c = j + tl.arange(0, BO)
+        known = c < H
+        inside = known[None, :] & (row < points)[:, None]
+        d = tl.load(_blocks.at(grad, 0, j, STEP, BR, BO))
+        to = to_coords + c.to(tl.int64)[None, :] * points + row[:, None]
+        tl.store(to, d + tl.load(to, mask=inside & (not first), other=0.0), mask=inside)
+        shifted = tl.load(to_shift + c, mask=known & (not first_tile), other=0.0)
+        tl.store(to_shift + c, shifted + tl.sum(d, 0), mask=known)
+        for i in range(C):
+            y = tl.load(values + at.to(tl.int64) * C + i)
+            weighted = tl.load(to_weight + c * C + i, mask=known & (not fresh), other=0.0)
+            tl.store(to_weight + c * C + i, weighted + tl.sum(d * y[:, None], 0), mask=known)
+
+
+@triton.jit
+def _value_gradient(
+    to, grad, weight, row, points, H: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr, BR: tl.constexpr,
+    BO: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the values of the rows."""
+    for i in range(C):
+        total = tl.zeros((BR,), tl.float32)
+        for j in tl.range(0, STEP, BO, num_stages=1, disable_licm=True):
+            c = j + tl.arange(0, BO)
+            v = tl.load(weight + c * C + i, mask=c < H, other=0.0)
+            total += tl.sum(tl.load(_blocks.at(grad, 0, j, STEP, BR, BO)) * v[None, :], 1)
+        tl.store(to + row.to(tl.int64) * C + i, total, mask=row < points)
+
+
+@triton.jit
+def _weight_gradient(
+    to, grad, before, fresh, slope, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, STEP_OUT: tl.constexpr,
+    BR: tl.constexpr, BO: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of a layer's weights [OUT, IN] and biases, summed over the rows of the tile."""
+    for j in tl.range(0, STEP_OUT, BO, num_stages=1, disable_licm=True):
+        bias = tl.zeros((1, BO), tl.float32)
+        for r in range(0, BR, BI):
+            bias += tl.sum(tl.load(_blocks.at(grad, r, j, STEP_OUT, BI, BO)), 0)[None, :]
+        _blocks.accumulate(to + OUT * IN, 0, j, bias, fresh, 1, OUT, OUT, 1, BO)
+        for i in tl.range(0, STEP, BJ, num_stages=1, disable_licm=True):
+            acc = tl.zeros((BO, BJ), tl.float32)
+            for r in range(0, BR, BI):
+                d = tl.load(_blocks.at(grad, r, j, STEP_OUT, BI, BO))
+                h = _math.activate(tl.load(_blocks.at(before, r, i, STEP, BI, BJ)), slope, 0.0, False)
+                acc = _math.dot(tl.trans(d), h, acc, PRECISION)
+            _blocks.accumulate(to, j, i, acc, fresh, OUT, IN, IN, BO, BJ)
+
+
+@triton.jit
+def _hidden_gradient(
+    w, grad, before, to, slope, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, STEP_OUT: tl.constexpr,
+    BR: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient before the activation, to scratch, from that of the next layer's outputs."""
+    for i in tl.range(0, STEP, BJ, num_stages=1, disable_licm=True):
+        acc = tl.zeros((BR, BJ), tl.float32)
+        for j in range(0, STEP_OUT, BI):
+            d = tl.load(_blocks.at(grad, 0, j, STEP_OUT, BR, BI))
+            acc = _math.dot(d, _blocks.matrix(w, j, i, OUT, IN, IN, BI, BJ), acc, PRECISION)
+        h = tl.load(_blocks.at(before, 0, i, STEP, BR, BJ))
+        tl.store(_blocks.at(to, 0, i, STEP, BR, BJ), _math.activate_backward(acc, h, slope, 0.0, False))
+
+
+@triton.jit
+def coords_forward(
+    encoded, weight, out, points, E: tl.constexpr, H: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr,
+    BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weight [H, E] · encoded [B, N, E] transposed: [B, H, N]. A program has one block of it."""
+    OUTPUTS: tl.constexpr = (H + BO - 1) // BO
+    tiles = tl.cdiv(points, BN)
+    row = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    j = tl.program_id(0) // tiles % OUTPUTS * BO
+    b = (tl.program_id(0) // tiles // OUTPUTS).to(tl.int64)
+    at = (b * points + tl.minimum(row, points - 1))[None, :] * E
+    acc = tl.zeros((BO, BN), tl.float32)
+    for e in range(0, E, BI):
+        i = e + tl.arange(0, BI)[:, None]
+        x = tl.load(encoded + at + i, mask=i < E, other=0.0)
+        acc = _math.dot(_blocks.matrix(weight, j, e, H, E, E, BO, BI), x, acc, PRECISION)
+    c = j + tl.arange(0, BO)[:, None]
+    tl.store(out + (b * H + c) * points + row[None, :], acc, mask=(c < H) & (row < points)[None, :])
+
+
+@triton.jit
+def coords_train(
+    grad, encoded, grad_weight, points, steps, splits, E: tl.constexpr, H: tl.constexpr, BO: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad [B, H, N] · encoded [B, N, E], summed over shares of the steps of BI points: [splits, H, E]."""
+    OUTPUTS: tl.constexpr = (H + BO - 1) // BO
+    COLUMNS: tl.constexpr = (E + BN - 1) // BN
+    split = tl.program_id(0) // (OUTPUTS * COLUMNS)
+    c = tl.program_id(0) % OUTPUTS * BO + tl.arange(0, BO)[:, None]
+    e = tl.program_id(0) // OUTPUTS % COLUMNS * BN + tl.arange(0, BN)[None, :]
+    each = tl.cdiv(steps, splits)
+    tiles = tl.cdiv(points, BI)
+    acc = tl.zeros((BO, BN), tl.float32)
+    for step in range(split * each, tl.minimum(split * each + each, steps)):
+        b = (step // tiles).to(tl.int64)
+        n = step % tiles * BI + tl.arange(0, BI)
+        d = tl.load(grad + (b * H + c) * points + n[None, :], mask=(c < H) & (n < points)[None, :], other=0.0)
+        x = tl.load(encoded + (b * points + n)[:, None] * E + e, mask=(n < points)[:, None] & (e < E), other=0.0)
+        acc = _math.dot(d, x, acc, PRECISION)
+    tl.store(grad_weight + (split.to(tl.int64) * H + c) * E + e, acc, mask=(c < H) & (e < E))
+
+
+@triton.jit
+def kl_forward(
+    log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, mask, mask_b, mask_n, q, kl, points, batch, splits, K: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """q [B, K, N] and the divergences [splits, B]. A program has a function and a share of its steps of BN points."""
+    b = (tl.program_id(0) % batch).to(tl.int64)
+    split = tl.program_id(0) // batch
+    tiles = tl.cdiv(points, BN)
+    each = tl.cdiv(tiles, splits)
+    total = tl.zeros((BN,), tl.float32)
+    for tile in range(split * each, tl.minimum(split * each + each, tiles)):
+        n = tile * BN + tl.arange(0, BN).to(tl.int64)
+        there = n < points
+        seen = there
+        if mask is not None:
+            seen = there & (tl.load(mask + b * mask_b + n * mask_n, mask=there, other=0) != 0)
+        for component in range(K):
+            k = tl.full((), component, tl.int64)
+            log_q_n = tl.load(log_q + b * q_b + k * q_k + n * q_n, mask=seen, other=float("-inf"))
+            log_p_n = tl.load(log_p + b * p_b + k * p_k + n * p_n, mask=seen, other=0.0)
+            value = tl.exp(log_q_n)
+            tl.store(q + (b * K + k) * points + n, value, mask=there)
+            total += tl.where(value == 0.0, 0.0, value * (log_q_n - log_p_n))
+    tl.store(kl + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def kl_train(
+    grad_q, grad_kl, q, log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, by_log_q, by_log_p, points, K: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Gradients [B, K, N] of both log-probabilities. A program has BN points of a function and a component."""
+    tiles = tl.cdiv(points, BN)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    b = pair // K
+    k = pair % K
+    n = tl.program_id(0) % tiles * BN + tl.arange(0, BN).to(tl.int64)
+    there = n < points
+    at = pair * points + n
+    by_kl = tl.load(grad_kl + b)
+    value = tl.load(q + at, mask=there, other=0.0)
+    log_q_n = tl.load(log_q + b * q_b + k * q_k + n * q_n, mask=there, other=0.0)
+    log_p_n = tl.load(log_p + b * p_b + k * p_k + n * p_n, mask=there, other=0.0)
+    by_q = tl.load(grad_q + at, mask=there, other=0.0) + by_kl * (log_q_n - log_p_n + 1.0)
+    tl.store(by_log_q + at, tl.where(value == 0.0, 0.0, value * by_q), mask=there)
+    tl.store(by_log_p + at, -by_kl * value, mask=there)
+
+
+def gating(
+    coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, widths: Sequence[int], slope: float,
+    bounded: bool, precision: str,
+) -> Tensor:  # fmt: skip
+    """Log-probabilities [B, K, N]; arguments as those of the op `vamoh::gating`."""
+    log_p = shift.new_empty(shift.shape[0], widths[-1], coords.shape[2])
+    if log_p.numel():
+        call = _Call("gating", coords, shift, values, parameters, widths, slope, bounded, precision)
+        with on(call.device):
+            forward[(call.plan.programs,)](*call.network, log_p, call.scratch, *call.sizes, **call.constants)
+    return log_p
+
+
+def gating_backward(
+    grad: Tensor, log_p: Tensor, coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor,
+    widths: Sequence[int], slope: float, bounded: bool, by_values: bool, precision: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of coords, shift, values (empty unless asked for) and parameters; arguments as those of the op."""
+    new = shift.new_empty
+    grad_values = new(values.shape if by_values and values is not None else 0)
+    if not log_p.numel():
+        zeros = (coords, shift, grad_values, parameters)
+        return tuple(t.new_zeros(t.shape) for t in zeros)
+    call = _Call("gating_backward", coords, shift, values, parameters, widths, slope, bounded, precision)
+    p, shared = call.plan, coords.shape[0] == 1
+    grad_coords = new(p.shares if shared else len(shift), *coords.shape[1:])
+    grad_shift, grad_parameters = new(p.groups, *shift.shape), new(p.programs, *parameters.shape)
+    wanted = grad_values if grad_values.numel() else None
+    with on(call.device):
+        train[(p.programs,)](
+            grad.contiguous(), log_p.contiguous(), *call.network, grad_coords, grad_shift, wanted, grad_parameters,
+            call.scratch, *call.sizes, p.groups, p.shares, parameters.numel(), SHARED=shared, **call.constants,
+        )  # fmt: skip
+    by_coords = _sum(grad_coords)[None] if shared else grad_coords
+    return by_coords, _sum(grad_shift), grad_values, _sum(grad_parameters)
+
+
+def coords(encoded: Tensor, weights: Sequence[Tensor], precision: str) -> list[Tensor]:
+    """weights[i] · encoded, [B, H, N] each; arguments as those of the op `vamoh::gating_coords`."""
+    encoded, parts = encoded.contiguous(), []
+    batch, points, inputs = encoded.shape
+    for weight in weights:
+        hidden = len(weight)
+        out = encoded.new_empty(batch, hidden, points)
+        parts.append(out)
+        if not out.numel():
+            continue
+        p = _coords_plan("coords", batch, points, inputs, hidden, precision, device_of(encoded.device))
+        with on(encoded.device):
+            coords_forward[(p.programs,)](
+                encoded, weight.contiguous(), out, points, **coords_constants(p, inputs, hidden, precision)
+            )
+    return parts
+
+
+def coords_backward(
+    grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor], precision: str
+) -> list[Tensor]:
+    """Gradients of the weights, [H, E] each; arguments as those of the op `vamoh::gating_coords_backward`."""
+    encoded, by_weights = encoded.contiguous(), []
+    batch, points, inputs = encoded.shape
+    for grad, weight in zip(grads, weights, strict=True):
+        hidden = len(weight)
+        if not grad.numel() or not inputs:
+            by_weights.append(weight.new_zeros(weight.shape))
+            continue
+        p = _coords_plan("coords_backward", batch, points, inputs, hidden, precision, device_of(encoded.device))
+        shares = encoded.new_empty(p.splits, hidden, inputs)
+        with on(encoded.device):
+            coords_train[(p.programs,)](
+                grad.contiguous(), encoded, shares, points, batch * -(-points // p.inputs), p.splits,
+                **coords_constants(p, inputs, hidden, precision),
+            )  # fmt: skip
+        by_weights.append(_sum(shares))
+    return by_weights
+
+
+def categorical_kl(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [B, K, N] and the divergence [B]; arguments as those of the op `vamoh::categorical_kl`."""
+    batch, components, points = log_q.shape
+    q = log_q.new_empty(log_q.shape)
+    if not q.numel():
+        return q, log_q.new_zeros(batch)
+    shares = kl_splits(batch, points, device_of(log_q.device))
+    kl = log_q.new_empty(shares, batch)
+    step = (0, 0) if mask is None else mask.stride()
+    with on(log_q.device):
+        kl_forward[(batch * shares,)](
+            log_q, *log_q.stride(), log_p, *log_p.stride(), mask, *step, q, kl, points, batch, shares,
+            **kl_constants(components),
+        )  # fmt: skip
+    return q, _sum(kl)
+
+
+def categorical_kl_backward(
+    grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients [B, K, N] of both log-probabilities; arguments as those of the op."""
+    batch, components, points = log_q.shape
+    grads = q.new_empty(q.shape), q.new_empty(q.shape)
+    if q.numel():
+        programs = batch * components * -(-points // KL_POINTS)
+        with on(q.device):
+            kl_train[(programs,)](
+                grad_q.contiguous(), grad_kl.contiguous(), q.contiguous(), log_q, *log_q.stride(), log_p,
+                *log_p.stride(), *grads, points, **kl_constants(components),
+            )  # fmt: skip
+    return grads
+
+
+def constants(chosen: Plan, widths: Sequence[int], channels: int, bounded: bool, precision: str) -> dict[str, object]:
+    """Constants for which `forward` and `train` are compiled."""
+    return {
+        "C": channels,
+        "L": len(widths) - 1,
+        "WIDTHS": tuple(widths),
+        "STEPS": chosen.widths,
+        "BLOCKS": chosen.outputs,
+        "MOST": max(chosen.widths),
+        "TOTAL": sum(chosen.widths),
+        "BR": chosen.rows,
+        "BI": chosen.inputs,
+        "BOUNDED": bounded,
+        "PRECISION": precision,
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+        "maxnreg": REGISTERS,
+    }
+
+
+def coords_constants(chosen: CoordsPlan, inputs: int, hidden: int, precision: str) -> dict[str, object]:
+    """Constants for which `coords_forward` and `coords_train` are compiled."""
+    return {
+        "E": inputs,
+        "H": hidden,
+        "BO": chosen.outputs,
+        "BN": chosen.columns,
+        "BI": chosen.inputs,
+        "PRECISION": products(precision),
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+        "maxnreg": REGISTERS,
+    }
+
+
+def kl_constants(components: int) -> dict[str, object]:
+    """Constants for which `kl_forward` and `kl_train` are compiled."""
+    return {"K": components, "BN": KL_POINTS, "num_warps": 4, "num_stages": 1, "maxnreg": REGISTERS}
+
+
+class _Call:
+    """What `forward` and `train` have in common."""
+
+    def __init__(
+        self, op: str, coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, widths: Sequence[int],
+        slope: float, bounded: bool, precision: str,
+    ) -> None:  # fmt: skip
+        batch, points = len(shift), coords.shape[2]
+        self.device = shift.device
+        self.plan = _plan(op, batch, points, tuple(widths), precision, device_of(self.device))
+        coords, shift = coords.contiguous(), shift.contiguous()
+        known = shift if values is None else values.contiguous()  # without channels nothing of it is read
+        step = 0 if len(coords) == 1 else coords.stride(0)
+        self.network = (coords, step, shift, known, parameters.contiguous())
+        self.sizes = (slope, points, self.plan.tiles, batch)
+        channels = 0 if values is None else values.shape[2]
+        self.constants = constants(self.plan, widths, channels, bounded, products(precision))
+        self.scratch = shift.new_empty(self.plan.programs * self.plan.scratch)
+
+
+def _sum(shares: Tensor) -> Tensor:
+    return shares[0] if len(shares) == 1 else shares.sum(0)
+
+
+_plan = functools.lru_cache(plan)
+_coords_plan = functools.lru_cache(coords_plan)

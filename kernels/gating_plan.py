@@ -1,0 +1,125 @@
+"""How the work of `gating.py` is cut: a function of sizes, precision and device, without Triton or a GPU.
+
+No GPU has run these kernels yet: block sizes were chosen by what the compiler reports (docs/kernels.md), the rest by
+counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ._plan import Device, power, splits, up
+
+REGISTERS = 255
+"""Registers per thread that the compiler may use: all there are, or it spills some to fit more warps."""
+MOST_COMPONENTS = 64
+KL_POINTS = 1024
+"""Points of a program's step in the divergence."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rows: points of a tile; inputs: block of a sum; outputs, widths: block and padded width of every layer.
+
+    Forward, programs share tiles · batch items of work. In training, each of groups · shares programs has a group of
+    the tiles and a share of the functions. scratch: floats of one program.
+    """
+
+    rows: int
+    inputs: int
+    outputs: tuple[int, ...]
+    widths: tuple[int, ...]
+    tiles: int
+    warps: int
+    stages: int
+    groups: int
+    shares: int
+    programs: int
+    scratch: int
+
+
+@dataclass(frozen=True)
+class CoordsPlan:
+    """Blocks of a product: outputs × columns, sums in steps of `inputs`; sums of the gradient cut into `splits`."""
+
+    outputs: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+    splits: int
+    programs: int
+
+
+def refusal(widths: Sequence[int]) -> str | None:
+    """Why networks of these layer widths (H, ..., K) cannot run here, or None."""
+    if widths[-1] > MOST_COMPONENTS:
+        return f"takes at most {MOST_COMPONENTS} components, got {widths[-1]}"
+    return None
+
+
+def blocks(training: bool, precision: str, capability: int) -> tuple[int, int, int, int, int]:
+    """Rows, most outputs, inputs, warps and stages: the largest products that do not spill registers."""
+    if training and precision != "ieee" and capability < 90:
+        return 64, 32, 16, 8, 1
+    if training or precision == "ieee":
+        return 64, 64, 16, 8, 1
+    return 64, 64, 16, 4, 2
+
+
+def plan(op: str, batch: int, points: int, widths: Sequence[int], precision: str, device: Device) -> Plan:
+    """The plan of "gating" or "gating_backward", batch and points at least 1.
+
+    Raises ValueError for widths with a `refusal`.
+    """
+    reason = refusal(widths)
+    if reason is not None:
+        raise ValueError(f"gating: backend 'triton' {reason}")
+    training = op == "gating_backward"
+    rows, most, inputs, warps, stages = blocks(training, precision, device.capability)
+    outputs = tuple(min(most, power(width, 16)) for width in widths)
+    padded = tuple(up(width, block) * block for width, block in zip(widths, outputs, strict=True))
+    tiles = up(points, rows)
+    programs = device.programs(REGISTERS, warps)
+    if training:
+        groups, shares = _cut(tiles, batch, programs)
+        scratch = rows * (sum(padded) + 2 * max(padded))
+        return Plan(
+            rows, inputs, outputs, padded, tiles, warps, stages, groups, shares, groups * shares, scratch
+        )  # fmt: skip
+    programs, scratch = min(programs, tiles * batch), 2 * rows * max(padded)
+    return Plan(rows, inputs, outputs, padded, tiles, warps, stages, tiles, batch, programs, scratch)
+
+
+def coords_plan(
+    op: str, batch: int, points: int, inputs: int, hidden: int, precision: str, device: Device
+) -> CoordsPlan:
+    """The plan of "coords", batch · hidden · points outputs, or "coords_backward", hidden · inputs outputs."""
+    training = op == "coords_backward"
+    _, most, step, warps, stages = blocks(training, precision, device.capability)
+    outputs = min(most, power(hidden, 16))
+    if not training:
+        return CoordsPlan(outputs, 64, step, warps, stages, 1, batch * up(hidden, outputs) * up(points, 64))
+    columns = min(most, power(inputs, 16))
+    items = up(hidden, outputs) * up(inputs, columns)
+    programs = device.programs(REGISTERS, warps)
+    shares = splits(items, batch * up(points, step), programs, 4 * hidden * inputs)
+    return CoordsPlan(outputs, columns, step, warps, stages, shares, items * shares)
+
+
+def kl_splits(batch: int, points: int, device: Device) -> int:
+    """Shares of the points of a function."""
+    return splits(batch, up(points, KL_POINTS), 8 * device.multiprocessors, 4)
+
+
+def _cut(tiles: int, batch: int, programs: int) -> tuple[int, int]:
+    """Groups of tiles and shares of functions, none empty, that take the least time; the fewest shares of the best."""
+    best, least = (1, 1), tiles * batch + 1
+    for wanted in range(1, min(batch, programs) + 1):
+        each = up(batch, wanted)
+        shares = up(batch, each)
+        long = up(tiles, min(tiles, programs // shares))
+        if long * each < least:
+            best, least = (up(tiles, long), shares), long * each
+    return best
