@@ -583,7 +583,7 @@ def categorical_kl_backward_reference(
     return by_log_q, -by_kl * q
 
 
-for _op in ("gating_coords", "gating", "categorical_kl"):
-    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable)
+for _op, _limits in (("gating_coords", ""), ("gating", "at most 64 components"), ("categorical_kl", "")):
+    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable, limits=_limits)
     register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
     register(_op, "reference")
