@@ -18,6 +18,7 @@ from vamoh._checks import (
     check_sizes,
     check_tensor,
     check_type,
+    may_look,
     shown,
 )
 
@@ -138,7 +139,7 @@ class PointSet:
     def select(self, index: Tensor) -> PointSet:
         """Keep the points `index` [N'] (int64) of every function, in that order."""
         check_tensor("PointSet.select", "index", index, ["N'"], dtypes=[torch.int64])
-        if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        if index.device.type == "cpu" and index.numel() and may_look(index):
             low, high = int(index.min()), int(index.max())
             if low < -self.count or high >= self.count:
                 raise ValueError(f"PointSet.select: index must lie within the {self.count} points, got {low} to {high}")

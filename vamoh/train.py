@@ -204,7 +204,8 @@ class Trainer:
         self._order = (-1, self.indices)
         self._fingerprint = dataset.fingerprint()
         self._unread: deque[_Line] = deque()
-        self._asynchronous = self.device.type == "cuda" and workers.count == 1
+        # The optimizer does not mix shared tensors with the plain ones that tell it to leave an update out.
+        self._asynchronous = self.device.type == "cuda" and (workers.count == 1 or not config.train.shard)
         self._beside: torch.cuda.Stream | None = None
         if self._asynchronous:
             self._beside = torch.cuda.Stream(self.device)
@@ -298,12 +299,13 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             terms = self._elbo(points, len(indices), self._noise, beta_z=beta_z, beta_c=beta_c)
         (terms.loss * self.workers.weight(len(indices))).backward()
+        terms = self._gather(terms, len(indices))
         facts = {"beta_z": beta_z, "beta_c": beta_c, "lr": lr, "points": drawn.count}
         if self._asynchronous:
             line: Mapping[str, float] = self._update_unseen(terms, indices, facts)
         else:
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip))
-            result = _batch_means(self._gather(terms, len(indices)), self.steps_done + 1, indices, norm)
+            result = _batch_means(terms, self.steps_done + 1, indices, norm)
             self.optimizer.step()
             epoch = (self.steps_done + 1) / self.steps_per_epoch
             line = {"step": self.steps_done + 1, "epoch": epoch, **result, **facts}
@@ -529,7 +531,8 @@ def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) 
             values = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == settings.steps
             reported = step % settings.log_every == 0 or step == 1 or last
-            if reported or time.monotonic() > shown + 0.5:  # to look at a term waits for a GPU
+            # To look at a term waits for a GPU, and may end this process: several look together.
+            if reported or (workers.count == 1 and time.monotonic() > shown + 0.5):
                 terms = {name: f"{values[name]:.1f}" for name in ("elbo", "log_likelihood", "kl_z", "kl_c")}
                 bar.set_postfix(terms, refresh=False)
                 shown = time.monotonic()
