@@ -10,6 +10,8 @@ from hypothesis import settings
 
 settings.register_profile("vamoh", derandomize=True, deadline=None, database=None)
 settings.load_profile("vamoh")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's deterministic mode asks for it on a GPU
 
 

@@ -125,17 +125,20 @@ def kill(folder: Path) -> dict[str, Any]:
     wanted, generator = content(folder / "whole"), random.Random()
     kills, runs, steps = 0, 0, []
     while kills < KILLS:
-        name = f"run{runs}"
+        name, in_vain = f"run{runs}", 0
         while True:
             pid = fork(lambda name=name: begin_or_go_on(folder, name))
-            time.sleep(generator.uniform(0, 0.5 * length))
+            # On a machine that has become slower the next checkpoint takes longer than before.
+            time.sleep(generator.uniform(0, 0.5 * length * (1 + in_vain / 4)))
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             if not os.WIFSIGNALED(status):
                 break
             kills += 1
             run = folder / name
-            steps.append(checkpoint.load_training_state(run)["step"] if checkpoint.has_checkpoint(run) else -1)
+            step = checkpoint.load_training_state(run)["step"] if checkpoint.has_checkpoint(run) else -1
+            in_vain = in_vain + 1 if steps and step == steps[-1] else 0
+            steps.append(step)
         if os.waitstatus_to_exitcode(status) != 0 or content(folder / name) != wanted:
             return {"failed": name, "status": os.waitstatus_to_exitcode(status)}
         runs += 1

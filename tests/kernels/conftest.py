@@ -1,6 +1,6 @@
 """Triton kernels run under Triton's interpreter where there is no GPU, and as contract tests on the GPU where there is.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before any test imports one.
+Triton reads TRITON_INTERPRET when it is imported, which any test may cause: tests/conftest.py sets it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ import pytest
 import torch
 
 from vamoh.ops import _backend
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the reference on a GPU, with deterministic algorithms
 
 
 @pytest.fixture(autouse=True)
