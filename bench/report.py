@@ -33,7 +33,7 @@ def report(results: Iterable[dict[str, Any]]) -> str:
     """Facts of the machine and one table, from the contents of JSON files; later files replace rows of earlier ones."""
     facts: list[str] = []
     rows: dict[tuple[Any, ...], tuple[str, ...]] = {}
-    left_out: dict[str, list[str]] = {}
+    missing: dict[tuple[Any, ...], dict[str, str]] = {}
     notes: list[str] = []
     results = list(results)
     wide = any(
@@ -52,8 +52,7 @@ def report(results: Iterable[dict[str, Any]]) -> str:
             if "contestants" in extra or "memory" in extra:
                 key = (extra["preset"], extra["what"], extra.get("batch"))
                 rows[key] = _row(extra) + (_graph(extra) if wide else ())
-                for name, reason in extra.get("left_out", {}).items():
-                    left_out.setdefault(f"{name}: {reason}", []).append(f"{key[0]}, {key[1]}")
+                missing[key] = extra.get("left_out", {})
     lines = [*(f"{fact}  " for fact in facts), "", _line(header), _line(["---"] * len(header))]
     lines += map(_line, rows.values())
     lines += [
@@ -65,6 +64,10 @@ def report(results: Iterable[dict[str, Any]]) -> str:
         lines.append(
             "Graph: time of ours replayed as a CUDA graph over that of ours. Roofline: least time over time taken."
         )
+    left_out: dict[str, list[str]] = {}
+    for (preset, what, _), reasons in missing.items():
+        for name, reason in reasons.items():
+            left_out.setdefault(f"{name}: {reason}", []).append(f"{preset}, {what}")
     lines += [f"Left out, {what} ({'; '.join(where)})." for what, where in left_out.items()]
     lines += notes
     return "\n".join(lines) + "\n"

@@ -360,3 +360,5 @@ def test_report() -> None:
     assert "Left out, compile: not asked for (polymnist, train step)." in lines
     newer = {**result, "benchmarks": [{"extra_info": {**step, "batch": 64, "gflops": 200.0}}]}
     assert report([result, newer]).count("train step |") == 1
+    whole = {**result, "benchmarks": [{"extra_info": {**step, "left_out": {}}}]}
+    assert "Left out" not in report([result, whole])
