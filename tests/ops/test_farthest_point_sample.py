@@ -227,3 +227,19 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {"coords": torch.zeros(4, 2), "num_samples": 2, **change}
     with pytest.raises(error, match=f"^farthest_point_sample: .*{message}"):
         farthest_point_sample(**arguments)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threads_that_share_a_cloud(isas, monkeypatch, batch):
+    """Whole numbers: many ties, no rounding."""
+    points = torch.from_numpy(np.random.default_rng(batch).integers(-4, 5, (batch, 1501, 60))).float()
+    mask = torch.arange(1501) % 7 != 3
+    for m in (None, mask):
+        torch.set_num_threads(1)
+        expected = farthest_point_sample(points, 90, m, backend="reference")
+        for isa in isas:
+            monkeypatch.setenv("VAMOH_ISA", isa)
+            for threads in (2, 3, 5):
+                torch.set_num_threads(threads)
+                for _ in range(3):
+                    assert torch.equal(farthest_point_sample(points, 90, m, backend="cpu"), expected), (isa, threads)

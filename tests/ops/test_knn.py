@@ -119,15 +119,22 @@ def test_cells_in_the_order_of_their_distance(backend, n, share, s, values, dtyp
 
 
 def test_a_changed_table_is_noticed(backend):
-    places, table = torch.arange(100)[:, None], (torch.arange(201) - 100).abs().float()
-    assert knn(places, places, 1, table=table, backend=backend)[:, 0].tolist() == list(range(100))
-    table.neg_().add_(100)
-    assert knn(places, places, 1, table=table, backend=backend)[:, 0].tolist() == [99] * 50 + [0] * 50
+    """The displacement of the nearest point goes from 0 to 5."""
+    places, distance = torch.arange(100)[:, None], (torch.arange(201) - 100).abs().float()
+
+    def nearest(table: Tensor) -> list[int]:
+        return knn(places, places, 1, table=table, backend=backend)[:, 0].tolist()
+
+    shifted = [min(i + 5, 99) for i in range(100)]
+    table = distance.clone()
+    assert nearest(table) == list(range(100))
+    table.copy_(distance.roll(5))
+    assert nearest(table) == shifted
     with torch.inference_mode():
-        same = table + 0
-        assert knn(places, places, 1, table=same, backend=backend)[:, 0].tolist() == [99] * 50 + [0] * 50
-        same.copy_((torch.arange(201) - 100).abs())
-        assert knn(places, places, 1, table=same, backend=backend)[:, 0].tolist() == list(range(100))
+        table = distance.clone()
+        assert nearest(table) == list(range(100))
+        table.copy_(distance.roll(5))
+        assert nearest(table) == shifted
 
 
 def test_table_without_finite_distances(backend):
