@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from vamoh.ops import knn
 from vamoh.points import grid_coords
+
+module = importlib.import_module("vamoh.ops.knn")  # vamoh.ops.knn is also the function
 
 HAS_CUDA = True
 
@@ -135,6 +138,16 @@ def test_a_changed_table_is_noticed(backend):
         assert nearest(table) == list(range(100))
         table.copy_(distance.roll(5))
         assert nearest(table) == shifted
+
+
+def test_one_order_is_remembered_for_every_number_of_points():
+    places, table = torch.arange(400)[:, None], (torch.arange(801) - 400).abs().float()
+    kept = set()
+    for count in range(400, 40, -7):
+        result = knn(places[:count], places, 2, table=table, backend="cpu")
+        assert result[:, 0].tolist() == [min(i, count - 1) for i in range(400)]
+        kept.add(module._ORDERS[table].length)
+    assert len(kept) <= 4 and module._ORDERS[table].length == max(kept)
 
 
 def test_table_without_finite_distances(backend):

@@ -17,14 +17,14 @@ _FREE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def empty_gradient(weight: Tensor) -> Tensor:
-    """Uninitialised contiguous tensor like a `weight` in host memory.
+    """Uninitialised contiguous tensor like `weight`.
 
-    A large one lies where the last one lay, if that is gone, as after `optimizer.zero_grad()`: fresh memory would be
-    cleared by the system page by page. What is kept is returned when the weight is gone.
+    In host memory a large one lies where the last one lay, if that is gone, as after `optimizer.zero_grad()`: fresh
+    memory would be cleared by the system page by page. What is kept is returned when the weight is gone.
     """
     size = weight.numel() * weight.element_size()
-    if size < _LEAST:
-        return torch.empty(weight.shape, dtype=weight.dtype)
+    if weight.device.type != "cpu" or size < _LEAST:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
     free: list[mmap.mmap] = _FREE.setdefault(weight, [])
     block = free.pop() if free else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     view = memoryview(block)  # lives as long as the tensor's storage

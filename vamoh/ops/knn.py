@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,27 +149,38 @@ def _native(
 
 
 def _nearest_cells(table: Tensor, count: int, num_queries: int, num_neighbors: int) -> Tensor:
-    """Positions of the smallest distances of a table, int32, so many that they usually hold a query's neighbours.
+    """Positions of the smallest distances of a table, int32, in their order; so many that they usually hold a query's
+    neighbours.
 
-    Empty where to look at every point is as fast, or where distances are not finite. Remembered with the table.
+    Empty where to look at every point is as fast. The longest list asked for is remembered as long as the table is.
     """
-    # Half the cells of a displacement lie outside along every axis for a query in a corner, hence the factor.
-    length = min(4 * num_neighbors * len(table) // max(count, 1) + _FEWEST_CELLS, len(table))
     if count * num_queries < 4 * len(table):
         return torch.empty(0, dtype=torch.int32)
-    orders: dict[tuple[int, int], Tensor] = {} if table.is_inference() else _ORDERS.setdefault(table, {})
-    key = (length, 0 if table.is_inference() else table._version)
-    if key not in orders:
-        distances, order = table.topk(length, largest=False)
-        orders[key] = order.int() if distances[-1].isfinite() else order[:0].int()
-    return orders[key]
+    # Half the cells of a displacement lie outside along every axis for a query in a corner, hence the factor.
+    wanted = min(4 * num_neighbors * len(table) // count + _FEWEST_CELLS, len(table))
+    version = None if table.is_inference() else table._version
+    known: _Order | None = _ORDERS.get(table)
+    if known is not None and known.version == version and known.length >= wanted:
+        return known.order
+    length = min(1 << (wanted - 1).bit_length(), len(table))  # the next, for fewer points, may want a little more
+    distances, index = table.topk(length, largest=False)
+    order = index[distances.isfinite()].int()
+    if version is not None:
+        _ORDERS[table] = _Order(version, length, order)
+    return order
+
+
+class _Order(NamedTuple):
+    """What `_nearest_cells` found in a table of this version, among so many of its smallest entries."""
+
+    version: int
+    length: int
+    order: Tensor
 
 
 _FEWEST_CELLS = 64
 
 _ORDERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Of every table, what `_nearest_cells` found."""
-
 
 register("knn", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
 register("knn", "cuda", devices=["cuda"], dtypes=POINTS, unavailable=cuda_unavailable)

@@ -94,13 +94,8 @@ def _run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool], backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     by_x = x.new_empty(x.shape if needed[0] else (0,))
+    by_weight = empty_gradient(weight) if needed[1] else x.new_empty(0)
     by_bias = x.new_empty(weight.shape[:2] if needed[2] else (0,))
-    if not needed[1]:
-        by_weight = x.new_empty(0)
-    elif x.device.type == "cpu":
-        by_weight = empty_gradient(weight)
-    else:
-        by_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if resolve("linear", x.device, x.dtype, backend) == "reference":
         if needed[0]:
             torch.bmm(grad, weight, out=by_x)
