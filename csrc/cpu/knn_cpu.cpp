@@ -161,7 +161,7 @@ void knn_by_table(const int64_t* points, int64_t points_step, const int64_t* que
           int64_t* const result = positions + r * neighbors;
           if (!cells || *shared >= 0 ||
               !walk(shared + half + query[r], order, length, table, table_size, neighbors, list, result))
-            run.search_by_table(places, n, table + half, query + r, 1, neighbors, infinity, list, result);
+            run.search_by_table(places, n, table + half - query[r], neighbors, infinity, list, result);
         }
       });
 }

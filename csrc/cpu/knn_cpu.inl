@@ -85,26 +85,22 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
   }
 }
 
-// The same on a lattice: the squared distance of places p and q is center[p - q]. places [n] is readable up to a
+// The same for one query on a lattice: the squared distance of a place p is from[p]. places [n] is readable up to a
 // multiple of the widest panel.
 template <class T>
-void search_by_table(const int32_t* places, int64_t n, const T* center, const int64_t* queries, int64_t rows,
-                     int64_t neighbors, T infinity, T* distances, int64_t* positions) {
+void search_by_table(const int32_t* places, int64_t n, const T* from, int64_t neighbors, T infinity, T* distances,
+                     int64_t* positions) {
   using V = typename Vector<T>::type;
   constexpr int64_t W = panel_width<T>();
   constexpr int lanes = Vector<T>::lanes;
-  for (int64_t i = 0; i < rows * neighbors; ++i) {
+  for (int64_t i = 0; i < neighbors; ++i) {
     distances[i] = infinity;
     positions[i] = -1;
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* from = center - queries[r];
-    T* list = distances + r * neighbors;
-    for (int64_t first = 0; first < n; first += W) {
-      alignas(sizeof(V)) T found[W];
-      for (int v = 0; v < kVectors; ++v)
-        *reinterpret_cast<V*>(found + v * lanes) = gather(from, places + first + v * lanes);
-      insert_near(found, first, n, neighbors, list, positions + r * neighbors);
-    }
+  for (int64_t first = 0; first < n; first += W) {
+    alignas(sizeof(V)) T found[W];
+    for (int v = 0; v < kVectors; ++v)
+      *reinterpret_cast<V*>(found + v * lanes) = gather(from, places + first + v * lanes);
+    insert_near(found, first, n, neighbors, distances, positions);
   }
 }
