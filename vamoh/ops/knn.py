@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vamoh._cache import version
 from vamoh._checks import check_positive, check_tensor, may_look
 from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
@@ -158,15 +159,15 @@ def _nearest_cells(table: Tensor, count: int, num_queries: int, num_neighbors: i
         return torch.empty(0, dtype=torch.int32)
     # Half the cells of a displacement lie outside along every axis for a query in a corner, hence the factor.
     wanted = min(4 * num_neighbors * len(table) // count + _FEWEST_CELLS, len(table))
-    version = None if table.is_inference() else table._version
+    written = version(table)
     known: _Order | None = _ORDERS.get(table)
-    if known is not None and known.version == version and known.length >= wanted:
+    if known is not None and known.version == written and known.length >= wanted:
         return known.order
     length = min(1 << (wanted - 1).bit_length(), len(table))  # the next, for fewer points, may want a little more
     distances, index = table.topk(length, largest=False)
     order = index[distances.isfinite()].int()
-    if version is not None:
-        _ORDERS[table] = _Order(version, length, order)
+    if written is not None:
+        _ORDERS[table] = _Order(written, length, order)
     return order
 
 
