@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from vamoh import checkpoint
+from vamoh._progress import Progress
 from vamoh.cli import main
 from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from vamoh.runlog import read_log
@@ -138,11 +139,27 @@ def kill(folder: Path) -> dict[str, Any]:
             run = folder / name
             step = checkpoint.load_training_state(run)["step"] if checkpoint.has_checkpoint(run) else -1
             in_vain = in_vain + 1 if steps and step == steps[-1] else 0
+            if in_vain == 50:
+                return {"stuck": name, "step": step}
             steps.append(step)
         if os.waitstatus_to_exitcode(status) != 0 or content(folder / name) != wanted:
             return {"failed": name, "status": os.waitstatus_to_exitcode(status)}
         runs += 1
     return {"kills": kills, "runs": runs, "steps": sorted(set(steps))}
+
+
+def lock(folder: Path) -> dict[str, Any]:
+    """Kill a process that holds the lock of its progress bars, then train in another."""
+
+    def job() -> None:
+        Progress.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    begin_or_go_on(folder, "before")
+    killed = os.waitpid(fork(job), 0)[1]
+    signal.alarm(60)  # rather than wait forever
+    begin_or_go_on(folder, "run")
+    return {"killed": os.WIFSIGNALED(killed), "step": checkpoint.load_training_state(folder / "run")["step"]}
 
 
 def disk(folder: Path) -> dict[str, Any]:
@@ -236,6 +253,11 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     found = run_job("kill", tmp_path)
     assert found.get("kills", 0) >= KILLS, found
     assert len(found["steps"]) >= 4, found
+
+
+def test_killed_with_the_lock_of_its_bars(tmp_path: Path) -> None:
+    """Processes forked from one another share no lock that outlives them."""
+    assert run_job("lock", tmp_path) == {"killed": True, "step": STEPS}
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -335,6 +357,5 @@ def test_a_long_run_leaks_nothing(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(
-        json.dumps({"kill": kill, "disk": disk, "read_only": read_only, "long": long}[sys.argv[1]](Path(sys.argv[2])))
-    )
+    jobs = {"kill": kill, "lock": lock, "disk": disk, "read_only": read_only, "long": long}
+    print(json.dumps(jobs[sys.argv[1]](Path(sys.argv[2]))))

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vamoh import metrics
 from vamoh._checks import check_positive, check_seed, check_type
+from vamoh._progress import Progress
 from vamoh.data import Dataset
 from vamoh.masks import completion_mask
 from vamoh.model import VaMoH
@@ -127,7 +127,7 @@ def evaluate_model(
             span = dataset.units[2] - dataset.units[1]
             collect(**{f"{prefix}rmse": metrics.rmse(mean, target, where, span=span)})
 
-    for part in tqdm(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
+    for part in Progress(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
         points = model.prepare(dataset.batch(part))
         terms = model.elbo(thin(points, num_points, choice), generator=noise)
         collect(elbo=terms.elbo, log_likelihood=terms.log_likelihood, kl_z=terms.kl_z, kl_c=terms.kl_c)
@@ -137,7 +137,7 @@ def evaluate_model(
         mean = model.reconstruct(partial, z=infer(model, partial, num_points, choice)).mean
         compare("completion_", mean, points, ~seen if points.mask is None else points.mask & ~seen)
 
-    for part in tqdm(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
+    for part in Progress(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
         points = thin(model.prepare(dataset.batch(part)), num_points, choice)
         bound = model.iwae(points, samples=samples, generator=noise, proper=True)
         observed = points.values.new_tensor(points.count) if points.mask is None else points.mask.sum(-1)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from vamoh._progress import Progress
 from vamoh.likelihood import Likelihood
 from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.inr_mixture import (
@@ -110,7 +110,7 @@ def decode(
     mean_map = torch.empty_like(mean)
     pi = theta.new_empty(batch, count if with_pi else 0, components)
     step = max(1, _CHUNK // ((1 if shared else batch) * inr.widths[0] + batch * (components + _GATING)))
-    with tqdm(total=count, desc="decode", unit="points", unit_scale=True, disable=not progress) as bar:
+    with Progress(total=count, desc="decode", unit="points", unit_scale=True, disable=not progress) as bar:
         for index, opposite in _parts(count, step, mirror, theta.device):
             features = encode(index)
             log_p = log_pi(features, index)

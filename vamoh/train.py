@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vamoh import checkpoint
 from vamoh._checks import check_device, check_type
 from vamoh._files import check_path, writing
+from vamoh._progress import Progress
 from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, differences, load_config, save_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
@@ -518,7 +518,7 @@ def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) 
     def record(split: str, values: Mapping[str, float]) -> None:
         workers.by_main(lambda: None if records is None else records.write(split, values))
 
-    bar = tqdm(
+    bar = Progress(
         total=settings.steps,
         initial=trainer.steps_done,
         disable=not progress,
