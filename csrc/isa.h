@@ -31,6 +31,15 @@ inline std::vector<std::string> supported_isas() {
   return names;
 }
 
+// Whether a CPU with AVX-512 also sums products of bytes in one instruction, as most do.
+inline bool has_vnni() {
+#if VAMOH_X86
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 // Throws for a name that `supported_isas` does not list: running it would be an illegal instruction.
 inline Isa parse_isa(const std::string& name) {
   for (const std::string& supported : supported_isas())

@@ -6,6 +6,7 @@
 
 #include "../farthest_point_sample.h"
 #include "../threads.h"
+#include "coded_cloud.h"
 #include "memory.h"
 
 #define VAMOH_KERNEL "farthest_point_sample_cpu.inl"
@@ -17,32 +18,36 @@ namespace {
 
 template <class T>
 struct Kernel {
-  int64_t width;
+  int64_t width, coded_width;
   decltype(&portable::pack_panels<T, portable::panel_width<T>()>) pack;
   decltype(&portable::come_nearer<T>) come_nearer;
+  decltype(&portable::extend_range<T>) extend_range;
+  decltype(&portable::pack_codes<T, portable::kCodedWidth>) pack_codes;
+  decltype(&portable::come_nearer_by_codes<T>) come_nearer_by_codes;
   decltype(&portable::sample_by_table<T>) sample_by_table;
 };
 
 template <class T>
 Kernel<T> kernel(Isa isa) {
-#define VAMOH_TABLE(isa)                                                                                               \
-  {                                                                                                                    \
-    isa::panel_width<T>(), &isa::pack_panels<T, isa::panel_width<T>()>, &isa::come_nearer<T>, &isa::sample_by_table<T> \
+#define VAMOH_TABLE(isa)                                                                                        \
+  {                                                                                                             \
+    isa::panel_width<T>(), isa::kCodedWidth, &isa::pack_panels<T, isa::panel_width<T>()>, &isa::come_nearer<T>, \
+        &isa::extend_range<T>, &isa::pack_codes<T, isa::kCodedWidth>, &isa::come_nearer_by_codes<T>,            \
+        &isa::sample_by_table<T>                                                                                \
   }
 #if VAMOH_X86
-  if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
-  if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
+  if (isa == Isa::avx512 && has_vnni()) return VAMOH_TABLE(avx512);
+  if (isa != Isa::portable) return VAMOH_TABLE(avx2);
 #endif
   (void)isa;
   return VAMOH_TABLE(portable);
 #undef VAMOH_TABLE
 }
 
-// Order [samples] of positions among n points in panels of `width`, samples < n. come_nearer(query) updates scratch:
-// nearest [panels, W], panel_best [panels]; query [dims] is scratch too.
-template <class T, class ComeNearer>
-void sample(const T* panels, int64_t n, int64_t dims, int64_t samples, int64_t width, T* nearest, T* panel_best,
-            T* query, const ComeNearer& come_nearer, int64_t* order) {
+// Order [samples] of positions among n points in panels of `width`, samples < n. take(position) updates scratch:
+// nearest [panels, W], panel_best [panels].
+template <class T, class Take>
+void sample(int64_t n, int64_t samples, int64_t width, T* nearest, T* panel_best, const Take& take, int64_t* order) {
   const int64_t count = (n + width - 1) / width;
   const T infinity = std::numeric_limits<T>::infinity();
   std::fill(nearest, nearest + n, infinity);
@@ -53,10 +58,9 @@ void sample(const T* panels, int64_t n, int64_t dims, int64_t samples, int64_t w
     order[step] = taken;
     if (step + 1 == samples) return;
     const int64_t home = taken / width;
-    for (int64_t d = 0; d < dims; ++d) query[d] = panels[(home * dims + d) * width + taken % width];
     nearest[taken] = T(-1);
     panel_best[home] = *std::max_element(nearest + home * width, nearest + (home + 1) * width);
-    come_nearer();
+    take(taken);
     const T* best = std::max_element(panel_best, panel_best + count);  // the first of equals
     const T* from = nearest + (best - panel_best) * width;
     taken = std::find(from, from + width, *best) - nearest;
@@ -161,22 +165,61 @@ void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mas
         T* nearest = panels + padded * dims;
         T* panel_best = nearest + padded;
         T* query = panel_best + padded;
+        const auto sample_with = [&](int64_t width, const auto& move, const auto& come_nearer) {
+          const int64_t count = (n + width - 1) / width;
+          const auto sample_by = [&](const auto& all) {
+            const auto take = [&](int64_t taken) {
+              move(taken);
+              all();
+            };
+            sample(n, samples, width, nearest, panel_best, take, order);
+          };
+          if (!together) return sample_by([&] { come_nearer(0, count); });
+          const int64_t pieces = std::min<int64_t>(count, team * kPiecesPerThread);
+          Rounds rounds(pieces);
+          const auto piece = [&](int64_t i) { come_nearer(i * count / pieces, (i + 1) * count / pieces); };
+          ThreadPool::get().run(team, team, [&](int64_t task, int) {
+            if (task > 0) return rounds.help(task * pieces / team, piece);
+            sample_by([&] { rounds.lead(piece); });
+            rounds.finish();
+          });
+        };
+
+        CodedCloud<T> cloud{coords + b * coords_step, index, n, dims, 0, 0, nullptr, nullptr};
+        // The portable kernel takes longer by codes.
+        if (isa != Isa::portable && set_scale<T>(cloud, nullptr, 0, run.extend_range)) {
+          const int64_t groups = cloud.groups(), width = run.coded_width;
+          int32_t* const codes = reinterpret_cast<int32_t*>(panels);  // need less room than the panels
+          int32_t* const squares = codes + padded * groups;
+          int32_t* const limits = squares + padded;
+          int32_t* const query_codes = limits + padded;
+          cloud.codes = codes;
+          cloud.squares = squares;
+          run.pack_codes(cloud, query_codes, codes, squares);
+          for (int64_t i = 0; i < padded; ++i) limits[i] = squares[i] - (squares[i] == kNoPoint ? 0 : kFarthest);
+          int64_t from = 0;
+          sample_with(
+              width,
+              [&](int64_t taken) {
+                from = taken;
+                limits[taken] = kNoPoint;
+                const int32_t* const row = codes + taken / width * width * groups + taken % width;
+                for (int64_t g = 0; g < groups; ++g) query_codes[g] = row[g * width];
+              },
+              [&](int64_t p0, int64_t p1) {
+                run.come_nearer_by_codes(cloud, p0, p1, cloud.coords + index[from] * dims, query_codes, squares[from],
+                                         nearest, limits, panel_best);
+              });
+          return;
+        }
         run.pack(coords + b * coords_step, index, n, dims, panels);
-        const int64_t count = (n + run.width - 1) / run.width;
-        const auto sample_with = [&](const auto& come_nearer) {
-          sample(panels, n, dims, samples, run.width, nearest, panel_best, query, come_nearer, order);
-        };
-        if (!together) return sample_with([&] { run.come_nearer(panels, dims, 0, count, query, nearest, panel_best); });
-        const int64_t pieces = std::min<int64_t>(count, team * kPiecesPerThread);
-        Rounds rounds(pieces);
-        const auto piece = [&](int64_t i) {
-          run.come_nearer(panels, dims, i * count / pieces, (i + 1) * count / pieces, query, nearest, panel_best);
-        };
-        ThreadPool::get().run(team, team, [&](int64_t task, int) {
-          if (task > 0) return rounds.help(task * pieces / team, piece);
-          sample_with([&] { rounds.lead(piece); });
-          rounds.finish();
-        });
+        sample_with(
+            run.width,
+            [&](int64_t taken) {
+              const T* const row = panels + taken / run.width * run.width * dims + taken % run.width;
+              for (int64_t d = 0; d < dims; ++d) query[d] = row[d * run.width];
+            },
+            [&](int64_t p0, int64_t p1) { run.come_nearer(panels, dims, p0, p1, query, nearest, panel_best); });
       });
 }
 

@@ -1,4 +1,5 @@
 #include "panels.inl"
+#include "codes.inl"
 
 constexpr int kVectors = 4;  // per panel: enough independent sums to hide the latency of an addition
 
@@ -7,10 +8,12 @@ constexpr int64_t panel_width() {
   return kVectors * Vector<T>::lanes;
 }
 
-template <class T>
+constexpr int kCodedWidth = kVectors * kCodeLanes;  // points per panel of codes
+
+template <class T, int W>
 T largest(const T* values) {
   T best = values[0];
-  for (int64_t i = 1; i < panel_width<T>(); ++i) best = values[i] > best ? values[i] : best;
+  for (int64_t i = 1; i < W; ++i) best = values[i] > best ? values[i] : best;
   return best;
 }
 
@@ -40,7 +43,42 @@ void come_nearer(const T* panels, int64_t dims, int64_t p0, int64_t p1, const T*
     } while (nearer && d < dims);
     if (!nearer) continue;
     for (int v = 0; v < kVectors; ++v) near[v] = sum[v] < near[v] ? sum[v] : near[v];
-    panel_best[p] = largest(nearest + p * W);
+    panel_best[p] = largest<T, W>(nearest + p * W);
+  }
+}
+
+// The same for a cloud in codes, the query among them, with the sum of its squared codes. limits [panels * W] are the
+// squares less the reach of `nearest`, and change with it.
+template <class T>
+void come_nearer_by_codes(const CodedCloud<T>& cloud, int64_t p0, int64_t p1, const T* query, const int32_t* codes,
+                          int32_t square, T* nearest, int32_t* limits, T* panel_best) {
+  constexpr int64_t W = kCodedWidth;
+  const int64_t groups = cloud.groups();
+  for (int64_t p = p0; p < p1; ++p) {
+    const int32_t* x = cloud.codes + p * groups * W;
+    Codes sum[kVectors] = {};
+    for (int64_t g = 0; g < groups; ++g)
+      for (int v = 0; v < kVectors; ++v)
+        sum[v] = add_products(sum[v], *reinterpret_cast<const Codes*>(x + g * W + v * kCodeLanes), Codes{} + codes[g]);
+    uint64_t near = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const Codes least = *reinterpret_cast<const Codes*>(limits + p * W + v * kCodeLanes) + square;
+      near |= static_cast<uint64_t>(lanes_of(2 * sum[v] >= least)) << (v * kCodeLanes);
+    }
+    if (!near) continue;
+    while (near) {
+      int64_t positions[kExactRows], count = 0;
+      T distances[kExactRows];
+      for (; near && count < kExactRows; near &= near - 1) positions[count++] = p * W + __builtin_ctzll(near);
+      exact_distances(cloud, positions, count, query, distances);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = positions[i];
+        if (!(distances[i] < nearest[at])) continue;
+        nearest[at] = distances[i];
+        limits[at] = cloud.squares[at] - reach(cloud, distances[i]);
+      }
+    }
+    panel_best[p] = largest<T, W>(nearest + p * W);
   }
 }
 

@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "../knn.h"
 #include "../threads.h"
+#include "coded_cloud.h"
 #include "memory.h"
 
 #define VAMOH_KERNEL "knn_cpu.inl"
@@ -13,24 +15,29 @@ namespace vamoh {
 namespace {
 
 constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kCodedRows = portable::kCodedRows;
 constexpr int64_t kPackedBytes = int64_t{64} << 20;  // of points held in panels at once, at least one function
 
 template <class T>
 struct Kernel {
   decltype(&portable::pack_panels<T, portable::panel_width<T>()>) pack;
   decltype(&portable::search<T>) search;
+  decltype(&portable::extend_range<T>) extend_range;
+  decltype(&portable::pack_codes<T, portable::kCodedWidth>) pack_codes;
+  decltype(&portable::search_by_codes<T>) search_by_codes;
   decltype(&portable::search_by_table<T>) search_by_table;
 };
 
 template <class T>
 Kernel<T> kernel(Isa isa) {
-#define VAMOH_TABLE(isa)                                                                   \
-  {                                                                                        \
-    &isa::pack_panels<T, isa::panel_width<T>()>, &isa::search<T>, &isa::search_by_table<T> \
+#define VAMOH_TABLE(isa)                                                                          \
+  {                                                                                               \
+    &isa::pack_panels<T, isa::panel_width<T>()>, &isa::search<T>, &isa::extend_range<T>,          \
+        &isa::pack_codes<T, isa::kCodedWidth>, &isa::search_by_codes<T>, &isa::search_by_table<T> \
   }
 #if VAMOH_X86
-  if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
-  if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
+  if (isa == Isa::avx512 && has_vnni()) return VAMOH_TABLE(avx512);
+  if (isa != Isa::portable) return VAMOH_TABLE(avx2);
 #endif
   (void)isa;
   return VAMOH_TABLE(portable);
@@ -71,7 +78,7 @@ bool walk(const int32_t* at, const int32_t* order, int64_t length, const T* tabl
 }
 
 // Calls pack(b, candidates, n, packed) for every function, whose candidates take `size` values of type Packed, and then
-// search(b, packed, n, row, rows, distances, positions) for its queries, a few at a time.
+// search(b, packed, n, row, rows, distances, positions, worker) for its queries, a few at a time.
 template <class T, class Packed, class Pack, class Search>
 void for_each_query(const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t count,
                     int64_t num_queries, int64_t size, int64_t neighbors, int threads, const Pack& pack,
@@ -103,7 +110,7 @@ void for_each_query(const bool* mask, int64_t mask_step, int64_t* out, int64_t b
       const int64_t rows = std::min(kRowsPerTask, num_queries - row);
       const int64_t* index = candidates.get() + i * padded;
       int64_t* result = out + ((b0 + i) * num_queries + row) * neighbors;
-      search(b0 + i, packed.get() + i * size, counts[i], row, rows, distances.get() + worker * list, result);
+      search(b0 + i, packed.get() + i * size, counts[i], row, rows, distances.get() + worker * list, result, worker);
       for (int64_t r = 0; r < rows; ++r) complete(result + r * neighbors, neighbors);
       for (int64_t j = 0; j < rows * neighbors; ++j) result[j] = index[result[j]];
     });
@@ -117,14 +124,33 @@ void knn(const T* points, int64_t points_step, const T* queries, int64_t queries
          int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
          int64_t neighbors, int threads, Isa isa) {
   const Kernel<T> run = kernel<T>(isa);
+  const int64_t padded = round_up(count, kWidestPanel);
+  std::vector<CodedCloud<T>> clouds(batch);
+  const bool may_code = dims >= kFewestCodedDims && dims <= kMostCodedDims;
+  const int64_t size = may_code ? round_up(kCodedRows * (padded + dims) + neighbors, kWidestPanel) : 0;
+  const Buffer<int32_t> scratch = allocate<int32_t>(std::max(threads, 1) * size);
   for_each_query<T, T>(
-      mask, mask_step, out, batch, count, num_queries, round_up(count, kWidestPanel) * dims, neighbors, threads,
-      [&](int64_t b, const int64_t* index, int64_t n, T* panels) {
-        run.pack(points + b * points_step, index, n, dims, panels);
+      mask, mask_step, out, batch, count, num_queries, padded * dims, neighbors, threads,
+      [&](int64_t b, const int64_t* index, int64_t n, T* packed) {
+        CodedCloud<T>& cloud = clouds[b];
+        cloud = {points + b * points_step, index, n, dims, 0, 0, nullptr, nullptr};
+        if (!set_scale(cloud, queries + b * queries_step, num_queries, run.extend_range))
+          return run.pack(cloud.coords, index, n, dims, packed);
+        int32_t* const codes = reinterpret_cast<int32_t*>(packed);  // need less room than the panels
+        int32_t* const squares = codes + padded * cloud.groups();
+        run.pack_codes(cloud, squares + padded, codes, squares);
+        cloud.codes = codes;
+        cloud.squares = squares;
       },
-      [&](int64_t b, const T* panels, int64_t n, int64_t row, int64_t rows, T* distances, int64_t* positions) {
-        run.search(panels, n, dims, queries + b * queries_step + row * dims, rows, neighbors,
-                   std::numeric_limits<T>::infinity(), distances, positions);
+      [&](int64_t b, const T* packed, int64_t n, int64_t row, int64_t rows, T* distances, int64_t* positions,
+          int worker) {
+        const T* const from = queries + b * queries_step + row * dims;
+        const T infinity = std::numeric_limits<T>::infinity();
+        if (clouds[b].codes)
+          run.search_by_codes(clouds[b], from, rows, neighbors, infinity, scratch.get() + worker * size, distances,
+                              positions);
+        else
+          run.search(packed, n, dims, from, rows, neighbors, infinity, distances, positions);
       });
 }
 
@@ -153,7 +179,8 @@ void knn_by_table(const int64_t* points, int64_t points_step, const int64_t* que
           cell = static_cast<int32_t>(i);
         }
       },
-      [&](int64_t b, const int32_t* places, int64_t n, int64_t row, int64_t rows, T* distances, int64_t* positions) {
+      [&](int64_t b, const int32_t* places, int64_t n, int64_t row, int64_t rows, T* distances, int64_t* positions,
+          int) {
         const int64_t* const query = queries + b * queries_step + row;
         const int32_t* const shared = places + padded;
         for (int64_t r = 0; r < rows; ++r) {

@@ -1,4 +1,5 @@
 #include "panels.inl"
+#include "codes.inl"
 
 constexpr int kVectors = 2;  // of points per panel
 constexpr int kRows = 4;     // queries per tile: kRows * kVectors sums stay in registers
@@ -81,6 +82,104 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
       for (int64_t r = 0; r < used; ++r)
         insert_near(found[r], first, n, neighbors, distances + (row + r) * neighbors,
                     positions + (row + r) * neighbors);
+    }
+  }
+}
+
+constexpr int kCodedWidth = kVectors * kCodeLanes;  // points per panel of codes
+constexpr int kCodedRows = 8;                       // queries that share a look at the codes
+
+// Calls take(position) for the values of a row [n], n a multiple of the panel, that are at most `limit`, in their
+// order.
+template <class Take>
+inline void for_each_up_to(const int32_t* row, int64_t n, const int32_t& limit, const Take& take) {
+  for (int64_t first = 0; first < n; first += kCodedWidth) {
+    uint32_t near = 0;
+    for (int v = 0; v < kVectors; ++v)
+      near |= lanes_of(*reinterpret_cast<const Codes*>(row + first + v * kCodeLanes) <= limit) << (v * kCodeLanes);
+    for (; near; near &= near - 1) take(first + __builtin_ctz(near));
+  }
+}
+
+// Squared distances apart [kRows, padded] of the codes of a cloud from those of queries [kRows, groups], whose sums of
+// squares are `squares`, in a panel that starts at point `first`.
+template <class T>
+inline void codes_apart(const CodedCloud<T>& cloud, int64_t first, const int32_t* queries, const int32_t* squares,
+                        int64_t padded, int32_t* apart) {
+  const int64_t groups = cloud.groups();
+  const int32_t* x = cloud.codes + first * groups;
+  Codes sum[kRows][kVectors] = {};
+  for (int64_t g = 0; g < groups; ++g, x += kCodedWidth)
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = add_products(sum[r][v], *reinterpret_cast<const Codes*>(x + v * kCodeLanes),
+                                 Codes{} + queries[r * groups + g]);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = first + v * kCodeLanes;
+      const Codes both = *reinterpret_cast<const Codes*>(cloud.squares + at) + squares[r];
+      *reinterpret_cast<Codes*>(apart + r * padded + at) = both - 2 * sum[r][v];
+    }
+}
+
+// The reach of the `neighbors` points whose codes [padded] are the least apart from a query's: all its neighbours are
+// within it. least [neighbors] is scratch.
+template <class T>
+int32_t reach_of_nearest(const CodedCloud<T>& cloud, const int32_t* apart, int64_t padded, int64_t neighbors,
+                         int32_t* least) {
+  for (int64_t i = 0; i < neighbors; ++i) least[i] = kNoPoint - 1;
+  int32_t& last = least[neighbors - 1];
+  for_each_up_to(apart, padded, last, [&](int64_t i) {
+    if (apart[i] >= last) return;
+    int64_t slot = neighbors - 1;
+    for (; slot > 0 && least[slot - 1] > apart[i]; --slot) least[slot] = least[slot - 1];
+    least[slot] = apart[i];
+  });
+  const double farthest = __builtin_sqrt(last) * cloud.step + cloud.slack();
+  return reach(cloud, static_cast<T>(farthest * farthest));
+}
+
+// The same for a cloud in codes. scratch [kCodedRows * (padded + groups) + neighbors], padded the number of points up
+// to a whole panel.
+template <class T>
+void search_by_codes(const CodedCloud<T>& cloud, const T* queries, int64_t rows, int64_t neighbors, T infinity,
+                     int32_t* scratch, T* distances, int64_t* positions) {
+  const int64_t groups = cloud.groups(), padded = (cloud.n + kCodedWidth - 1) / kCodedWidth * kCodedWidth;
+  int32_t* const apart = scratch;
+  int32_t* const codes = apart + kCodedRows * padded;
+  int32_t* const least = codes + kCodedRows * groups;
+  for (int64_t row = 0; row < rows; row += kCodedRows) {
+    const int64_t used = rows - row < kCodedRows ? rows - row : kCodedRows;
+    int32_t squares[kCodedRows];
+    for (int64_t r = 0; r < kCodedRows; ++r) {
+      const T* query = queries + (row + (r < used ? r : used - 1)) * cloud.dims;
+      squares[r] = encode(query, cloud.dims, cloud.low, cloud.step, codes + r * groups);
+    }
+    for (int64_t first = 0; first < padded; first += kCodedWidth)
+      for (int r = 0; r < kCodedRows; r += kRows)
+        codes_apart(cloud, first, codes + r * groups, squares + r, padded, apart + r * padded);
+
+    for (int64_t r = 0; r < used; ++r) {
+      const int32_t limit = reach_of_nearest(cloud, apart + r * padded, padded, neighbors, least);
+      T* const list = distances + (row + r) * neighbors;
+      int64_t* const result = positions + (row + r) * neighbors;
+      for (int64_t i = 0; i < neighbors; ++i) {
+        list[i] = infinity;
+        result[i] = -1;
+      }
+      int64_t near[kExactRows], count = 0;
+      const auto look = [&] {
+        T exact[kExactRows];
+        exact_distances(cloud, near, count, queries + (row + r) * cloud.dims, exact);
+        for (int64_t i = 0; i < count; ++i)
+          if (exact[i] < list[neighbors - 1]) insert(list, result, neighbors, exact[i], near[i]);
+        count = 0;
+      };
+      for_each_up_to(apart + r * padded, padded, limit, [&](int64_t i) {
+        near[count++] = i;
+        if (count == kExactRows) look();
+      });
+      if (count) look();
     }
   }
 }

@@ -91,6 +91,51 @@ def isas() -> list[str]:
     return native().supported_isas()
 
 
+def _outlier() -> Tensor:
+    coords = torch.rand(150, 70)
+    coords[17] = 1e6
+    return coords
+
+
+def _between_codes() -> Tensor:
+    values = torch.randint(0, 127, (150, 1)) + 0.5 + 0.01 * torch.randn(150, 1)
+    values[:2] = torch.tensor([[0.0], [127.0]])
+    return values.expand(-1, 64).contiguous()  # rounding errs as far as it can, in all dimensions alike
+
+
+def _with(values: Sequence[float]) -> Tensor:
+    coords = torch.randn(150, 80)
+    for i, value in enumerate(values):
+        coords[7 * i, 11 * i] = value
+    return coords
+
+
+WIDE_CLOUDS: dict[str, Callable[[], Tensor]] = {
+    "whole_numbers": lambda: torch.randint(-2, 3, (200, 64)).float(),  # ties
+    "waves": lambda: torch.sin(torch.rand(300, 2) @ torch.randn(2, 256) * 20),
+    "one_more_than_fours": lambda: torch.randn(130, 65),
+    "one_less_than_fours": lambda: torch.randn(129, 127),
+    "corners": lambda: torch.randint(0, 2, (40, 8192)) * 2.0 - 1,  # codes as far apart as they can be
+    "twins": lambda: torch.rand(20, 90)[torch.randint(0, 20, (160,))] + 1e-6 * torch.randn(160, 90),
+    "far_from_the_origin": lambda: 1e5 + torch.rand(140, 66),
+    "outlier": _outlier,  # the others are alike to seven bits
+    "tiny": lambda: 1e-30 * torch.randn(90, 64),
+    "huge": lambda: 1e15 * torch.randn(90, 64),
+    "constant": lambda: torch.full((90, 64), 0.3),
+    "between_codes": _between_codes,
+    "infinite": lambda: _with([float("inf"), 0, -float("inf"), float("nan")]),
+    "nan": lambda: _with([0, 0, float("nan")]),
+    "many_dimensions": lambda: torch.randn(45, 8193),
+}
+
+
+@pytest.fixture(params=WIDE_CLOUDS)
+def wide_cloud(request: pytest.FixtureRequest) -> Tensor:
+    """Clouds [N, D] of at least 64 dimensions, which CPU kernels look at in seven bits first where they can."""
+    torch.manual_seed(0)
+    return WIDE_CLOUDS[request.param]()
+
+
 @pytest.fixture(scope="session")
 def build_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function (target, sources, options, link) that compiles C++ and, against our stand-in header, CUDA.

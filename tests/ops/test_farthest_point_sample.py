@@ -173,6 +173,20 @@ def test_every_isa_thread_count_and_the_reference_agree_to_the_bit(isas, monkeyp
                     assert torch.equal(farthest_point_sample(coords, 60, m, backend="cpu"), expected), (isa, threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_clouds_on_every_isa(isas, monkeypatch, wide_cloud, dtype):
+    coords = wide_cloud.to(dtype)
+    mask = torch.rand(3, len(coords)) < 0.9
+    for cloud, m in ((coords, None), (coords, mask), (torch.stack([coords, coords.flip(0), -coords]), mask)):
+        expected = farthest_point_sample(cloud, len(coords) // 2, m, backend="reference")
+        for isa in isas:
+            monkeypatch.setenv("VAMOH_ISA", isa)
+            for threads in (1, 3, 5):
+                torch.set_num_threads(threads)
+                result = farthest_point_sample(cloud, len(coords) // 2, m, backend="cpu")
+                assert torch.equal(result, expected), (isa, threads)
+
+
 def test_nan_and_infinite_coordinates_end(backend):
     coords = whole(40, 3)
     coords[7, 1], coords[9, 0], coords[11] = math.nan, math.inf, -math.inf

@@ -229,6 +229,31 @@ def test_every_isa_thread_count_and_the_reference_agree_to_the_bit(isas, monkeyp
                     assert torch.equal(knn(points, points, 19, m, backend="cpu"), expected), (isa, threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_clouds_on_every_isa(isas, monkeypatch, wide_cloud, dtype):
+    points = wide_cloud.to(dtype)
+    n = len(points)
+    mask = torch.rand(2, n) < 0.8
+    queries = torch.stack([points, points[torch.randperm(n)] + 3 * points.nan_to_num().std()])[:, : n - 5]
+    for s in (1, 9, 27):
+        expected = knn(points, queries, s, mask, backend="reference")
+        for isa in isas:
+            monkeypatch.setenv("VAMOH_ISA", isa)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(knn(points, queries, s, mask, backend="cpu"), expected), (s, isa, threads)
+
+
+def test_a_nearer_point_that_looks_farther_in_seven_bits(isas, monkeypatch):
+    """Rounded to whole numbers the first point is 3 away in most dimensions, the second 1."""
+    points = torch.tensor([12.51, 8.51, 0.0, 127.0])[:, None].repeat(1, 64)
+    query = torch.full((1, 64), 10.49)
+    points[0, :6] = 10.49
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        assert knn(points, query, 1, backend="cpu").tolist() == [[0]]
+
+
 def test_batch_larger_than_what_is_packed_at_once(backend):
     points = torch.randn(9, 4000, 500, generator=torch.Generator().manual_seed(0))
     result = knn(points, points[:, 17:18], 1, backend=backend)  # 72 MB
