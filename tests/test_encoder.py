@@ -55,6 +55,18 @@ def test_matches_loops(slope):
     torch.testing.assert_close(encoder(values, encoded, hoods).detach(), torch.from_numpy(expected))
 
 
+def test_without_gradients_the_weights_of_the_moment_count():
+    encoder, values, encoded = build(), draw(2, 20, 2), draw(1, 20, 6)
+    hoods = encoder.neighborhoods(encoded, None)
+    for layer in (encoder.convs[0].weight_net[0], encoder.convs[1].weight_net[1]):
+        for parameter in (layer.weight, layer.bias):
+            with torch.no_grad():
+                parameter[0] += 1
+                result = encoder(values, encoded, hoods)
+                assert torch.equal(encoder(values, encoded, hoods), result)
+            torch.testing.assert_close(result, encoder(values, encoded, hoods).detach())
+
+
 def test_gradients():
     encoder = Encoder(2, 1, 1, [Stage(3, 2, 2), Stage(2, 2, 2)], (2,), 0.2, True).double()
     values, encoded = draw(2, 5, 1).requires_grad_(), draw(1, 5, 2, seed=1).requires_grad_()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vamoh import generator
-from vamoh.generator import Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
+from vamoh.generator import Part, Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
 from vamoh.layout import packed_size
 from vamoh.likelihood import Likelihood
 from vamoh.ops import inr_mixture, inr_mixture_mean
@@ -81,8 +81,8 @@ def test_decode_in_chunks(inputs, monkeypatch, kind, shared):
     features = features[0] if shared else features
     sizes: list[int] = []
 
-    def encode(index: Tensor) -> Tensor:
-        sizes.append(len(index))
+    def encode(index: Part) -> Tensor:
+        sizes.append(len(torch.arange(11)[index]))
         return features[..., index, :]
 
     table = torch.randn(B, K, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(1)
@@ -107,7 +107,7 @@ def test_decode_in_chunks(inputs, monkeypatch, kind, shared):
         for a, b in zip(vars(parts).values(), vars(whole).values(), strict=True):
             torch.testing.assert_close(a, b)
         constant = run(lambda features, index: table[..., :1])
-        repeated = run(lambda features, index: table[..., :1].expand(-1, -1, len(index)))
+        repeated = run(lambda features, index: table[..., :1].expand(-1, -1, 11)[..., index])
         for a, b in zip(vars(constant).values(), vars(repeated).values(), strict=True):
             torch.testing.assert_close(a, b)
 
@@ -124,14 +124,14 @@ def test_decode_keeps_opposite_points_together(inputs, monkeypatch, chunk):
             seen[-1][1].extend(mirror.tolist())
         return inr_mixture_mean(theta, features, log_pi, *_)
 
-    def encode(index: Tensor) -> Tensor:
-        seen.append((index.tolist(), []))
+    def encode(index: Part) -> Tensor:
+        seen.append((torch.arange(11)[index].tolist(), []))
         return features[index]
 
     monkeypatch.setattr(generator, "inr_mixture_mean", spy)
     monkeypatch.setattr(generator, "_CHUNK", chunk)
 
-    def log_pi(features: Tensor, index: Tensor) -> Tensor:
+    def log_pi(features: Tensor, index: Part) -> Tensor:
         return inputs["log"][..., :1]
 
     result = decode(inputs["theta"], 11, encode, log_pi, INR, Likelihood("bernoulli", K, 2), mirror=mirror)

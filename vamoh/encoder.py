@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vamoh._cache import ContentCache
 from vamoh._checks import check_type, may_look
 from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
@@ -54,6 +55,7 @@ class PointConvLayer(nn.Module):
         self.weight_net = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.linear = nn.Linear(in_channels * widths[-1], out_channels)
         self.slope = slope
+        self._composed: ContentCache[tuple[Tensor, Tensor]] = ContentCache(1)
 
     @torch.no_grad()
     def keep_scale(self, neighbors: int) -> None:
@@ -93,18 +95,30 @@ class PointConvLayer(nn.Module):
 
         It is linear in the offset, so it is applied to points instead of pairs.
         """
-        first, *rest = self._weight_layers()
-        weight: Tensor = first.weight
-        bias: Tensor = first.bias
-        if self.slope is None:  # the layers are one affine function of the offset
-            for layer in rest:
-                weight, bias = layer.weight @ weight, F.linear(bias, layer.weight, layer.bias)
+        weight, bias = self._affine_layers()
         # The tall matrix of points goes where `linear` expects a weight matrix: it is read once, in place.
         table = linear(weight[None], encoded.flatten(0, 1)[None], None)[0].mT.unflatten(0, encoded.shape[:2])
         return table, bias
 
+    def _affine_layers(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the weight net's layers up to the first activation; remembered without gradients."""
+        layers = self._weight_layers()[: None if self.slope is None else 1]
+        if len(layers) == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _composed(layers)
+        key = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        return self._composed.get(key, lambda: _composed(layers))
+
     def _weight_layers(self) -> list[nn.Linear]:
         return [layer for layer in self.weight_net if isinstance(layer, nn.Linear)]
+
+
+def _composed(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of linear layers one after another: with nothing between them they are one."""
+    weight: Tensor = layers[0].weight
+    bias: Tensor = layers[0].bias
+    for layer in layers[1:]:
+        weight, bias = layer.weight @ weight, F.linear(bias, layer.weight, layer.bias)
+    return weight, bias
 
 
 class Encoder(nn.Module):

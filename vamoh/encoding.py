@@ -118,23 +118,22 @@ class FourierFeatures(nn.Module):
         """Squared distance of the encoded ends of every displacement, see `Lattice.places`.
 
         Σ_f 2 - 2 cos 2πf·δ, where the angle is a sum over the axes: its cosine and sine come from theirs, axis by axis,
-        and the last axis is a matrix product.
+        and the last axis is a matrix product. δ and -δ are equally far, so half of the displacements will do.
         """
-        cosines, sines = [], []
+        waves: list[tuple[Tensor, Tensor]] = []
         for n, step, frequency in zip(lattice.sizes, lattice.step.tolist(), self.frequencies.mT, strict=True):
-            offset = torch.arange(1 - n, n, dtype=torch.float64, device=frequency.device)[:, None]
+            offset = torch.arange(1 - n, n if waves else 1, dtype=torch.float64, device=frequency.device)[:, None]
             angle = offset * (2 * math.pi * step * frequency.double())
-            cosines.append(angle.cos())
-            sines.append(angle.sin())
-        cosine, sine = torch.ones_like(cosines[-1][:1]), torch.zeros_like(sines[-1][:1])
-        for c, s in zip(cosines[:-1], sines[:-1], strict=True):
+            waves.append((angle.cos(), angle.sin()))
+        last = waves.pop()
+        cosine, sine = waves[0] if waves else (torch.ones_like(last[0][:1]), torch.zeros_like(last[1][:1]))
+        for c, s in waves[1:]:
             cosine, sine = cosine[:, None], sine[:, None]
             cosine, sine = (cosine * c - sine * s).flatten(0, 1), (sine * c + cosine * s).flatten(0, 1)
-        table = 2 * (len(self.frequencies) - (cosine @ cosines[-1].mT - sine @ sines[-1].mT).flatten())
-        table = (table + table.flip(0)) / 2  # both ways equally far, in spite of rounding
-        table[len(table) // 2] = 0
-        squared: Tensor = table.clamp_(min=0).to(self.frequencies.dtype)
-        return squared
+        total = torch.cat([cosine, -sine], 1) @ torch.cat(last, 1).mT
+        half = 2 * (len(self.frequencies) - total.flatten()[: lattice.displacements // 2])
+        squared: Tensor = torch.cat([half, half.new_zeros(1), half.flip(0)])
+        return squared.clamp_(min=0).to(self.frequencies.dtype)
 
 
 def _lattice(coords: Tensor, mask: Tensor | None) -> Lattice | None:

@@ -85,12 +85,16 @@ def marginal_log_likelihood(
     return per_point.sum(-1) if mask is None else torch.where(mask, per_point, 0).sum(-1)
 
 
+Part = slice | Tensor
+"""Indices of points: a stretch of them, or [m] int64."""
+
+
 @float32_under_autocast
 def decode(
     theta: Tensor,
     count: int,
-    encode: Callable[[Tensor], Tensor],
-    log_pi: Callable[[Tensor, Tensor], Tensor],
+    encode: Callable[[Part], Tensor],
+    log_pi: Callable[[Tensor, Part], Tensor],
     inr: Inr,
     likelihood: Likelihood,
     *,
@@ -101,7 +105,7 @@ def decode(
 ) -> Reconstruction:
     """Mixed means at M = count points, a bounded number at a time.
 
-    encode maps indices [m] of points to their features, [m, E] if shared by the batch, else [B, m, E]; log_pi maps
+    encode maps indices of m points to their features, [m, E] if shared by the batch, else [B, m, E]; log_pi maps
     (features, indices) to log-probabilities [B, K, m] or [B, K, 1]. mirror [M]: opposite points, which are decoded
     together. with_pi False leaves pi out of the result; progress shows a bar on standard error.
     """
@@ -119,20 +123,18 @@ def decode(
             )
             if with_pi:
                 pi[:, index] = log_p.exp().mT
-            bar.update(len(index))
+            bar.update(features.shape[-2])
     return Reconstruction(mean, mean_map, pi)
 
 
-def _parts(
-    total: int, step: int, mirror: Tensor | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _parts(total: int, step: int, mirror: Tensor | None, device: torch.device) -> Iterator[tuple[Part, Tensor | None]]:
     """Point indices, at most `step` at a time, and the mirror among them; opposite points stay together."""
     if total <= step:
-        yield torch.arange(total, device=device), mirror
+        yield slice(0, total), mirror
         return
     if mirror is None or step == 1:
         for start in range(0, total, step):
-            yield torch.arange(start, min(start + step, total), device=device), None
+            yield slice(start, min(start + step, total)), None
         return
     leading = ((mirror < 0) | (mirror >= torch.arange(total, device=device))).nonzero()[:, 0]
     for part in leading.split(step // 2):

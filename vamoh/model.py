@@ -24,7 +24,7 @@ from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
 from vamoh.gating import Gating, posterior_and_prior, uniform
-from vamoh.generator import Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
+from vamoh.generator import Part, Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
 from vamoh.likelihood import Likelihood
@@ -465,27 +465,24 @@ class VaMoH(nn.Module):
             given = torch.full((coords.shape[-2],), -1, device=z.device)  # which point each coordinate is, -1: none
             given[posterior[2]] = torch.arange(len(posterior[2]), device=z.device)
 
-        def log_pi(features: Tensor, index: Tensor) -> Tensor:
+        def log_pi(features: Tensor, index: Part) -> Tensor:
             log_p = self._log_prior_c(features, z)
             if posterior is None or given is None:
                 return log_p
             known, observed, _ = posterior
             here = given[index]
-            position = (here >= 0).nonzero()[:, 0]
-            here = here[position]
-            log_p = log_p.expand(-1, -1, len(index)).clone()
-            log_p[:, :, position] = torch.where(observed[:, None, here], known[:, :, here], log_p[:, :, position])
-            return log_p
+            point = here.clamp(min=0)
+            return torch.where(((here >= 0) & observed[:, point])[:, None], known[:, :, point], log_p)
 
         # features of a grid that is not too large are remembered: it comes again
         whole = (
             self.encoding.cached(coords) if coords.shape[:-1].numel() * self.encoding.out_dim <= _REMEMBERED else None
         )
 
-        def encode(index: Tensor) -> Tensor:
+        def encode(index: Part) -> Tensor:
             if whole is None:
                 return self.encoding(coords[..., index, :])  # type: ignore[no-any-return]
-            return whole if len(index) == coords.shape[-2] else whole[..., index, :]
+            return whole[..., index, :]
 
         return decode(
             self.hypernet(z),
