@@ -110,7 +110,7 @@ class FourierFeatures(nn.Module):
             return coords, None
         found = self._lattices.get((coords, mask), lambda: _lattice(coords, mask))
         if found is None or found.displacements > min(max(distances, _SMALL_TABLE), _LARGEST_TABLE):
-            return self(coords), None
+            return self.cached(coords), None
         key = (self.frequencies, torch.tensor(found.sizes), found.step)
         return found.places(), self._tables.get(key, lambda: self._squared_distances(found))
 
