@@ -18,8 +18,8 @@ from vamoh.ops.inr_mixture import (
     inr_mixture_mean,
 )
 
-_CHUNK = 1 << 22
-"""Most values alive at once while decoding (16 MB in float32), besides the results."""
+_CHUNK = 1 << 24
+"""Most values alive at once while decoding (64 MB in float32), besides the results."""
 
 _GATING = 64
 """Values per function and point that the gating holds at once, about."""
