@@ -472,7 +472,8 @@ class VaMoH(nn.Module):
             known, observed, _ = posterior
             here = given[index]
             point = here.clamp(min=0)
-            return torch.where(((here >= 0) & observed[:, point])[:, None], known[:, :, point], log_p)
+            replaced = (here >= 0) & observed.index_select(1, point)
+            return torch.where(replaced[:, None], known.index_select(2, point), log_p)
 
         # features of a grid that is not too large are remembered: it comes again
         whole = (

@@ -1,6 +1,7 @@
 #include "../inr_mixture.h"
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,9 +15,16 @@ struct InrMixture {
   vamoh::InrMixture mixture;
 };
 
+void check_pairs(const int64_t* mirror, int64_t points) {
+  for (int64_t n = 0; mirror && n < points; ++n)
+    if (mirror[n] >= points || (mirror[n] >= 0 && mirror[mirror[n]] != n))
+      throw std::invalid_argument("inr_mixture: mirror must hold -1 or pairs, mirror[mirror[n]] = n, of the N points");
+}
+
 InrMixture make_mixture(uintptr_t theta, int64_t theta_batch_step, int64_t theta_component_step, uintptr_t features,
                         int64_t features_step, uintptr_t mirror, uintptr_t mask, std::vector<int64_t> widths,
                         int64_t batch, int64_t components, int64_t points, bool sine, float slope, float omega) {
+  check_pairs(at<const int64_t>(mirror), points);
   const auto depth = static_cast<int64_t>(widths.size()) - 1;
   return {
       std::move(widths),

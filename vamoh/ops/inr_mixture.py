@@ -540,19 +540,14 @@ class _NativeCall:
         self.features, step = (features.contiguous(), 0) if features.dim() == 2 else items(features)
         count = features.shape[-2]
         self.mask = None if mask is None else mask.contiguous()
-        if mirror is not None:
-            self.mirror = mirror.contiguous()
-            partner = mirror.clamp(min=0)
-            paired = mirror >= 0
-            if (mirror >= count).any() or (mirror[partner.clamp(max=count - 1)] != torch.arange(count))[paired].any():
-                raise ValueError("inr_mixture: mirror must hold -1 or pairs, mirror[mirror[n]] = n, of the N points")
+        self.mirror = None if mirror is None else mirror.contiguous()
         self.mixture = native().InrMixture(
             theta=self.theta.data_ptr(),
             theta_batch_step=self.theta.stride(0),
             theta_component_step=self.theta.stride(1),
             features=self.features.data_ptr(),
             features_step=step,
-            mirror=0 if mirror is None else self.mirror.data_ptr(),
+            mirror=0 if self.mirror is None else self.mirror.data_ptr(),
             mask=0 if self.mask is None else self.mask.data_ptr(),
             widths=list(inr.widths),
             batch=theta.shape[0],
