@@ -145,82 +145,108 @@ constexpr int kPiecesPerThread = 4;
 
 int workers(int threads, int64_t batch) { return std::max(static_cast<int>(std::min<int64_t>(threads, batch)), 1); }
 
+// One worker's memory for clouds of up to `padded` points: panels, or codes, squares and limits, which need less room
+// as coded clouds have many dimensions.
+template <class T>
+struct Scratch {
+  T *panels, *nearest, *panel_best, *query;
+
+  static int64_t size(int64_t padded, int64_t dims) { return padded * (dims + 2) + round_up(dims, kWidestPanel); }
+
+  Scratch(T* memory, int64_t padded, int64_t dims)
+      : panels(memory), nearest(panels + padded * dims), panel_best(nearest + padded), query(panel_best + padded) {}
+};
+
+// `sample` by `team` threads, which share the panels. take(position) comes before come_nearer(p0, p1) for all panels.
+template <class T, class Take, class ComeNearer>
+void sample_together(int64_t n, int64_t samples, int64_t width, int team, const Scratch<T>& scratch, const Take& take,
+                     const ComeNearer& come_nearer, int64_t* order) {
+  const int64_t count = (n + width - 1) / width, pieces = std::min<int64_t>(count, team * kPiecesPerThread);
+  const auto sample_with = [&](const auto& all_come_nearer) {
+    const auto take_each = [&](int64_t taken) {
+      take(taken);
+      all_come_nearer();
+    };
+    sample(n, samples, width, scratch.nearest, scratch.panel_best, take_each, order);
+  };
+  if (team == 1) return sample_with([&] { come_nearer(0, count); });
+  Rounds rounds(pieces);
+  const auto piece = [&](int64_t i) { come_nearer(i * count / pieces, (i + 1) * count / pieces); };
+  ThreadPool::get().run(team, team, [&](int64_t task, int) {
+    if (task > 0) return rounds.help(task * pieces / team, piece);
+    sample_with([&] { rounds.lead(piece); });
+    rounds.finish();
+  });
+}
+
+template <class T>
+void sample_in_panels(const Kernel<T>& run, const CodedCloud<T>& cloud, int64_t samples, int team,
+                      const Scratch<T>& scratch, int64_t* order) {
+  const int64_t width = run.width, dims = cloud.dims;
+  T* const query = scratch.query;
+  run.pack(cloud.coords, cloud.index, cloud.n, dims, scratch.panels);
+  sample_together(
+      cloud.n, samples, width, team, scratch,
+      [&](int64_t taken) {
+        const T* const row = scratch.panels + taken / width * width * dims + taken % width;
+        for (int64_t d = 0; d < dims; ++d) query[d] = row[d * width];
+      },
+      [&](int64_t p0, int64_t p1) {
+        run.come_nearer(scratch.panels, dims, p0, p1, query, scratch.nearest, scratch.panel_best);
+      },
+      order);
+}
+
+template <class T>
+void sample_by_codes(const Kernel<T>& run, CodedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
+                     int64_t* order) {
+  const int64_t width = run.coded_width, groups = cloud.groups(), padded = round_up(cloud.n, width);
+  int32_t* const codes = reinterpret_cast<int32_t*>(scratch.panels);
+  int32_t* const squares = codes + padded * groups;
+  int32_t* const limits = squares + padded;
+  int32_t* const query = limits + padded;
+  cloud.codes = codes;
+  cloud.squares = squares;
+  run.pack_codes(cloud, query, codes, squares);
+  for (int64_t i = 0; i < padded; ++i) limits[i] = squares[i] - (i < cloud.n ? kFarthest : 0);
+  int64_t from = 0;
+  sample_together(
+      cloud.n, samples, width, team, scratch,
+      [&](int64_t taken) {
+        from = taken;
+        limits[taken] = kNoPoint;
+        const int32_t* const row = codes + taken / width * width * groups + taken % width;
+        for (int64_t g = 0; g < groups; ++g) query[g] = row[g * width];
+      },
+      [&](int64_t p0, int64_t p1) {
+        run.come_nearer_by_codes(cloud, p0, p1, cloud.coords + cloud.index[from] * cloud.dims, query, squares[from],
+                                 scratch.nearest, limits, scratch.panel_best);
+      },
+      order);
+}
+
 }  // namespace
 
 template <class T>
 void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mask, int64_t mask_step, int64_t* out,
                            int64_t batch, int64_t points, int64_t dims, int64_t samples, int threads, Isa isa) {
   const Kernel<T> run = kernel<T>(isa);
-  const int64_t padded = round_up(points, kWidestPanel);
-  const int64_t reals = padded * dims + padded + padded + round_up(dims, kWidestPanel);  // one worker's scratch
+  const int64_t padded = round_up(points, kWidestPanel), size = Scratch<T>::size(padded, dims);
   // Few functions are shared by all threads, many are shared out.
   const bool together = batch < threads && points * dims >= kShared;
-  const int team = threads;
+  const int team = together ? threads : 1;
   threads = together ? 1 : workers(threads, batch);
-  const Buffer<T> scratch = allocate<T>(threads * reals);
-  for_each_function(
-      mask, mask_step, out, batch, points, samples, threads,
-      [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
-        T* panels = scratch.get() + worker * reals;
-        T* nearest = panels + padded * dims;
-        T* panel_best = nearest + padded;
-        T* query = panel_best + padded;
-        const auto sample_with = [&](int64_t width, const auto& move, const auto& come_nearer) {
-          const int64_t count = (n + width - 1) / width;
-          const auto sample_by = [&](const auto& all) {
-            const auto take = [&](int64_t taken) {
-              move(taken);
-              all();
-            };
-            sample(n, samples, width, nearest, panel_best, take, order);
-          };
-          if (!together) return sample_by([&] { come_nearer(0, count); });
-          const int64_t pieces = std::min<int64_t>(count, team * kPiecesPerThread);
-          Rounds rounds(pieces);
-          const auto piece = [&](int64_t i) { come_nearer(i * count / pieces, (i + 1) * count / pieces); };
-          ThreadPool::get().run(team, team, [&](int64_t task, int) {
-            if (task > 0) return rounds.help(task * pieces / team, piece);
-            sample_by([&] { rounds.lead(piece); });
-            rounds.finish();
-          });
-        };
-
-        CodedCloud<T> cloud{coords + b * coords_step, index, n, dims, 0, 0, nullptr, nullptr};
-        // The portable kernel takes longer by codes.
-        if (isa != Isa::portable && set_scale<T>(cloud, nullptr, 0, run.extend_range)) {
-          const int64_t groups = cloud.groups(), width = run.coded_width;
-          int32_t* const codes = reinterpret_cast<int32_t*>(panels);  // need less room than the panels
-          int32_t* const squares = codes + padded * groups;
-          int32_t* const limits = squares + padded;
-          int32_t* const query_codes = limits + padded;
-          cloud.codes = codes;
-          cloud.squares = squares;
-          run.pack_codes(cloud, query_codes, codes, squares);
-          for (int64_t i = 0; i < padded; ++i) limits[i] = squares[i] - (squares[i] == kNoPoint ? 0 : kFarthest);
-          int64_t from = 0;
-          sample_with(
-              width,
-              [&](int64_t taken) {
-                from = taken;
-                limits[taken] = kNoPoint;
-                const int32_t* const row = codes + taken / width * width * groups + taken % width;
-                for (int64_t g = 0; g < groups; ++g) query_codes[g] = row[g * width];
-              },
-              [&](int64_t p0, int64_t p1) {
-                run.come_nearer_by_codes(cloud, p0, p1, cloud.coords + index[from] * dims, query_codes, squares[from],
-                                         nearest, limits, panel_best);
-              });
-          return;
-        }
-        run.pack(coords + b * coords_step, index, n, dims, panels);
-        sample_with(
-            run.width,
-            [&](int64_t taken) {
-              const T* const row = panels + taken / run.width * run.width * dims + taken % run.width;
-              for (int64_t d = 0; d < dims; ++d) query[d] = row[d * run.width];
-            },
-            [&](int64_t p0, int64_t p1) { run.come_nearer(panels, dims, p0, p1, query, nearest, panel_best); });
-      });
+  const Buffer<T> memory = allocate<T>(threads * size);
+  for_each_function(mask, mask_step, out, batch, points, samples, threads,
+                    [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
+                      const Scratch<T> scratch(memory.get() + worker * size, padded, dims);
+                      CodedCloud<T> cloud{coords + b * coords_step, index, n, dims, 0, 0, nullptr, nullptr};
+                      // The portable kernel is slower by codes.
+                      if (isa != Isa::portable && set_scale<T>(cloud, nullptr, 0, run.extend_range))
+                        sample_by_codes(run, cloud, samples, team, scratch, order);
+                      else
+                        sample_in_panels(run, cloud, samples, team, scratch, order);
+                    });
 }
 
 template <class T>
