@@ -11,8 +11,8 @@
 namespace {
 
 template <class T>
-bool run(vamoh::Isa isa, int64_t n, int64_t d, int64_t s, int threads) {
-  const int64_t batch = 3, m = 67;
+bool run(vamoh::Isa isa, int64_t batch, int64_t n, int64_t d, int64_t s, int threads) {
+  const int64_t m = 67;
   std::unique_ptr<T[]> points(new T[batch * n * d]), queries(new T[batch * m * d]);
   std::unique_ptr<bool[]> mask(new bool[batch * n]);
   uint32_t state = 1;
@@ -58,10 +58,11 @@ bool run_by_table(vamoh::Isa isa, int64_t n, int64_t s, int64_t half, int thread
 const Register neighbors([](vamoh::Isa isa, int threads) {
   bool good = true;
   for (int64_t n : {1, 7, 63, 65, 130})
-    for (int64_t d : {1, 3, 33}) {
-      good &= run<float>(isa, n, d, n > 5 ? 5 : n, threads);
-      good &= run<double>(isa, n, d, n, threads);
+    for (int64_t d : {1, 3, 33, 67}) {
+      good &= run<float>(isa, 3, n, d, n > 5 ? 5 : n, threads);
+      good &= run<double>(isa, 3, n, d, n, threads);
     }
+  for (int64_t d : {63, 65}) good &= run<float>(isa, 1, 1100, d, 9, threads);  // threads share a cloud
   for (int64_t n : {1, 7, 63, 65, 130}) {
     good &= run_by_table<float>(isa, n, n > 5 ? 5 : n, 12, threads);  // several points in a cell
     good &= run_by_table<double>(isa, n, n, 210, threads);            // one
