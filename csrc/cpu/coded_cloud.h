@@ -19,16 +19,14 @@ struct CodedCloud {
   const T* coords;       // [*, dims]
   const int64_t* index;  // [n] the candidates' rows
   int64_t n, dims;
-  T low, step;
-  const int32_t* codes;    // [panels, groups, W], four to a group; W depends on the kernel
-  const int32_t* squares;  // [panels * W] sums of squared codes, kNoPoint beyond n
-
-  int64_t groups() const { return (dims + 3) / 4; }
-  // The most by which distances differ.
-  double slack() const { return 1.01 * std::sqrt(static_cast<double>(dims)) * static_cast<double>(step); }
+  int64_t groups = (dims + 3) / 4;
+  T low = 0, step = 0;
+  double slack = 0;                  // the most by which distances differ
+  const int32_t* codes = nullptr;    // [panels, groups, W], four to a group; W depends on the kernel
+  const int32_t* squares = nullptr;  // [panels * W] sums of squared codes, kNoPoint beyond n
 };
 
-// Sets low and step for the cloud and other rows [rows, dims]; false if it cannot be coded.
+// Sets low, step and slack for the cloud and other rows [rows, dims]; false if it cannot be coded.
 template <class T, class ExtendRange>
 bool set_scale(CodedCloud<T>& cloud, const T* others, int64_t rows, const ExtendRange& extend_range) {
   if (cloud.n == 0 || cloud.dims < kFewestCodedDims || cloud.dims > kMostCodedDims) return false;
@@ -40,6 +38,7 @@ bool set_scale(CodedCloud<T>& cloud, const T* others, int64_t rows, const Extend
     if (!fits(others + i * cloud.dims)) return false;
   cloud.low = low;
   cloud.step = (high - low) / 127;
+  cloud.slack = 1.01 * std::sqrt(static_cast<double>(cloud.dims)) * static_cast<double>(cloud.step);
   return cloud.step > T(1 / kMostCoded);
 }
 

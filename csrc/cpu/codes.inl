@@ -71,7 +71,7 @@ int32_t encode(const T* row, int64_t dims, T low, T step, int32_t* codes) {
 // Fills codes and squares of a cloud, W points to a panel.
 template <class T, int W>
 void pack_codes(const CodedCloud<T>& cloud, int32_t* row, int32_t* codes, int32_t* squares) {
-  const int64_t groups = cloud.groups();
+  const int64_t groups = cloud.groups;
   for (int64_t i = 0; i < (cloud.n + W - 1) / W * W; ++i) {
     int32_t* const out = codes + i / W * W * groups + i % W;
     const bool beyond = i >= cloud.n;
@@ -85,7 +85,7 @@ void pack_codes(const CodedCloud<T>& cloud, int32_t* row, int32_t* codes, int32_
 template <class T>
 int32_t reach(const CodedCloud<T>& cloud, T near) {
   const double rounding = 1 + 2e-7 * static_cast<double>(cloud.dims + 8);
-  const double most = (__builtin_sqrt(near) * rounding + cloud.slack()) / cloud.step;
+  const double most = (__builtin_sqrt(near) * rounding + cloud.slack) / cloud.step;
   return most * most < kFarthest ? static_cast<int32_t>(most * most) + 1 : kFarthest;
 }
 

@@ -200,7 +200,7 @@ void sample_in_panels(const Kernel<T>& run, const CodedCloud<T>& cloud, int64_t 
 template <class T>
 void sample_by_codes(const Kernel<T>& run, CodedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
                      int64_t* order) {
-  const int64_t width = run.coded_width, groups = cloud.groups(), padded = round_up(cloud.n, width);
+  const int64_t width = run.coded_width, groups = cloud.groups, padded = round_up(cloud.n, width);
   int32_t* const codes = reinterpret_cast<int32_t*>(scratch.panels);
   int32_t* const squares = codes + padded * groups;
   int32_t* const limits = squares + padded;
@@ -240,7 +240,7 @@ void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mas
   for_each_function(mask, mask_step, out, batch, points, samples, threads,
                     [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
                       const Scratch<T> scratch(memory.get() + worker * size, padded, dims);
-                      CodedCloud<T> cloud{coords + b * coords_step, index, n, dims, 0, 0, nullptr, nullptr};
+                      CodedCloud<T> cloud{coords + b * coords_step, index, n, dims};
                       // The portable kernel is slower by codes.
                       if (isa != Isa::portable && set_scale<T>(cloud, nullptr, 0, run.extend_range))
                         sample_by_codes(run, cloud, samples, team, scratch, order);

@@ -53,7 +53,7 @@ template <class T>
 void come_nearer_by_codes(const CodedCloud<T>& cloud, int64_t p0, int64_t p1, const T* query, const int32_t* codes,
                           int32_t square, T* nearest, int32_t* limits, T* panel_best) {
   constexpr int64_t W = kCodedWidth;
-  const int64_t groups = cloud.groups();
+  const int64_t groups = cloud.groups;
   for (int64_t p = p0; p < p1; ++p) {
     const int32_t* x = cloud.codes + p * groups * W;
     Codes sum[kVectors] = {};

@@ -133,11 +133,11 @@ void knn(const T* points, int64_t points_step, const T* queries, int64_t queries
       mask, mask_step, out, batch, count, num_queries, padded * dims, neighbors, threads,
       [&](int64_t b, const int64_t* index, int64_t n, T* packed) {
         CodedCloud<T>& cloud = clouds[b];
-        cloud = {points + b * points_step, index, n, dims, 0, 0, nullptr, nullptr};
+        cloud = {points + b * points_step, index, n, dims};
         if (!set_scale(cloud, queries + b * queries_step, num_queries, run.extend_range))
           return run.pack(cloud.coords, index, n, dims, packed);
         int32_t* const codes = reinterpret_cast<int32_t*>(packed);  // need less room than the panels
-        int32_t* const squares = codes + padded * cloud.groups();
+        int32_t* const squares = codes + padded * cloud.groups;
         run.pack_codes(cloud, squares + padded, codes, squares);
         cloud.codes = codes;
         cloud.squares = squares;

@@ -106,7 +106,7 @@ inline void for_each_up_to(const int32_t* row, int64_t n, const int32_t& limit, 
 template <class T>
 inline void codes_apart(const CodedCloud<T>& cloud, int64_t first, const int32_t* queries, const int32_t* squares,
                         int64_t padded, int32_t* apart) {
-  const int64_t groups = cloud.groups();
+  const int64_t groups = cloud.groups;
   const int32_t* x = cloud.codes + first * groups;
   Codes sum[kRows][kVectors] = {};
   for (int64_t g = 0; g < groups; ++g, x += kCodedWidth)
@@ -135,7 +135,7 @@ int32_t reach_of_nearest(const CodedCloud<T>& cloud, const int32_t* apart, int64
     for (; slot > 0 && least[slot - 1] > apart[i]; --slot) least[slot] = least[slot - 1];
     least[slot] = apart[i];
   });
-  const double farthest = __builtin_sqrt(last) * cloud.step + cloud.slack();
+  const double farthest = __builtin_sqrt(last) * cloud.step + cloud.slack;
   return reach(cloud, static_cast<T>(farthest * farthest));
 }
 
@@ -144,7 +144,7 @@ int32_t reach_of_nearest(const CodedCloud<T>& cloud, const int32_t* apart, int64
 template <class T>
 void search_by_codes(const CodedCloud<T>& cloud, const T* queries, int64_t rows, int64_t neighbors, T infinity,
                      int32_t* scratch, T* distances, int64_t* positions) {
-  const int64_t groups = cloud.groups(), padded = (cloud.n + kCodedWidth - 1) / kCodedWidth * kCodedWidth;
+  const int64_t groups = cloud.groups, padded = (cloud.n + kCodedWidth - 1) / kCodedWidth * kCodedWidth;
   int32_t* const apart = scratch;
   int32_t* const codes = apart + kCodedRows * padded;
   int32_t* const least = codes + kCodedRows * groups;
