@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -51,15 +52,21 @@ RANDOM = {
 }  # fmt: skip
 
 
+@functools.cache
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    """Every node of a file's syntax tree; each file is read by a dozen rules."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
 class Source(NamedTuple):
     """A Python file: its module name, with __init__ where it is a package, and its text."""
 
     module: str
     text: str
 
-    def walk(self) -> Iterator[ast.AST]:
+    def walk(self) -> tuple[ast.AST, ...]:
         """Every node of the syntax tree."""
-        return ast.walk(ast.parse(self.text))
+        return nodes(self.text)
 
     def within(self, package: str) -> bool:
         """Whether the module is `package` or lies in it."""
