@@ -310,10 +310,16 @@ class Stream:
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("mask", ["none", "shared", "each"])
-def test_the_search_lies_beside_the_step_before(mask: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lattice", [True, False])
+def test_the_search_lies_beside_the_step_before(
+    lattice: bool, mask: str, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its results are kept from being freed while the main stream reads them, and it waits for nothing it can help."""
     config = replace(CONFIG, model=replace(CONFIG.model, learn_frequencies=learned))
-    trainer, log = placed(config, dataset(mask)), []
+    data = dataset(mask)
+    if not lattice:
+        data = replace(data, coords=torch.rand(data.coords.shape, generator=torch.Generator().manual_seed(0)))
+    trainer, log = placed(config, data), []
     main, beside = Stream("main", log), Stream("beside", log)
     recorded: list[Tensor] = []
 
@@ -339,6 +345,7 @@ def test_the_search_lies_beside_the_step_before(mask: str, learned: bool, monkey
             before = ["beside waits for main"] if learned else []
             assert log == [*before, "on beside", *search_here, "on main", "main waits for beside"]
             mirror = trainer.model.encoding.mirror(points.coords)
-            used = [points.coords, points.values, points.mask, mirror, *(i for hood in hoods for i in hood)]
+            features = None if learned else trainer.model.encoding.cached(points.coords)
+            used = [points.coords, points.values, points.mask, mirror, features, *(i for hood in hoods for i in hood)]
             assert {id(t) for t in recorded} == {id(t) for t in used if t is not None}
             trainer.steps_done += 1

@@ -15,6 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import (
     PointSet,
     VaMoH,

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import PointSet, commands
 from vamoh.cli import COMMANDS, main
 from vamoh.config import PRESETS, load_config

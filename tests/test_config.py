@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 import tyro
 
 from vamoh.config import (

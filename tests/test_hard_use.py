@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import checkpoint
 from vamoh._progress import Progress
 from vamoh.cli import main

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 import vamoh
 from vamoh import cli, commands
 from vamoh.config import PRESETS, load_config, save_config

@@ -63,3 +63,9 @@ def test_environment() -> None:
     assert report["device"] == "cpu"
     assert report["device_name"]
     assert report["threads"] == torch.get_num_threads()
+
+
+def test_the_version_of_torch_is_its_own_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which says the build as well; that of the package may not."""
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
+    assert environment("cpu")["versions"]["torch"] == "2.99.0+cu999"

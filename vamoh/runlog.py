@@ -75,7 +75,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {**{name: _version(name) for name in names}, "torch": str(torch.__version__)},
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cpus": os.cpu_count(),

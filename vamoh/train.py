@@ -372,12 +372,15 @@ class Trainer:
             return points.to(self.device)
         settings, beside = self.config.train, self._beside
         again = settings.num_points is None and settings.point_dropout == 0
-        if beside is not None and self.model.encoding.frequencies.requires_grad:
+        learned = self.model.encoding.frequencies.requires_grad
+        if beside is not None and learned:
             beside.wait_stream(torch.cuda.current_stream(self.device))  # the search reads what the step before trains
         with torch.cuda.stream(beside):
             placed = self.model.prepare(points.compact(), again=again)
             used = [placed.coords, placed.values, placed.mask, self.model.encoding.mirror(placed.coords)]
             used += [index for hood in self.model.neighborhoods(placed) for index in hood]
+            if not learned:  # the search may have remembered the features, which the main stream reads
+                used.append(self.model.encoding.cached(placed.coords))
         if beside is not None:
             main = torch.cuda.current_stream(self.device)
             main.wait_stream(beside)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import VaMoH, cli, commands, load_config, open_dataset
 from vamoh.compat.config import (
     DEFAULTS,

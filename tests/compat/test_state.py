@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import VaMoH, cli, load
 from vamoh.compat.config import load_reference_config, translate_config
 from vamoh.compat.state import convert, from_reference, read_checkpoint, save_reference, to_reference

@@ -74,7 +74,22 @@ def test_why_triton_cannot_run(monkeypatch, found, version, capability, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(_backend, "triton_kernels", lambda name: None)
     assert _backend.triton_unavailable.__wrapped__() == reason
+
+
+def test_kernels_that_cannot_be_imported_are_noticed(monkeypatch):
+    """As after `setup.py build_ext --inplace`, which builds but does not map vamoh.kernels to its folder."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert _backend.triton_unavailable.__wrapped__() is None
+    for name in [m for m in sys.modules if m.startswith("vamoh.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vamoh.kernels", None)
+    reason = _backend.triton_unavailable.__wrapped__()
+    assert reason.startswith("vamoh.kernels cannot be imported (") and "install vamoh with pip" in reason
 
 
 def test_status_of_triton(registry, monkeypatch):

@@ -257,6 +257,11 @@ def triton_unavailable() -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"needs a GPU of compute capability 8.0 or higher, this one has {major}.{minor}"
+    try:
+        for name in ("gating", "inr_mixture", "planar_flow"):
+            triton_kernels(name)
+    except ImportError as error:
+        return f"vamoh.kernels cannot be imported ({error}); install vamoh with pip, which maps it to kernels/"
     return None
 
 
