@@ -897,3 +897,90 @@ def test_statistics_of_noise():
         assert t.dtype == torch.float64
         assert float(t.mean()) == pytest.approx(0, abs=0.05) and float(t.std()) == pytest.approx(1, abs=0.05)
     assert np.allclose(np.corrcoef(noise.z.flatten(), noise.kl[0].flatten())[0, 1], 0, atol=0.05)
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "continuous_bernoulli"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_gradients_of_decode(likelihood, own, warm):
+    model = build(likelihood=likelihood, channels=2)
+    model.use_gating_prior = warm
+    z = torch.randn(2, 3, dtype=torch.float64, generator=seeded()).requires_grad_()
+    shape = (2, 7, 2) if own else (7, 2)
+    coords = (torch.rand(shape, dtype=torch.float64, generator=seeded(1)) * 2 - 1).requires_grad_()
+
+    def maps(z: Tensor, coords: Tensor) -> tuple[Tensor, ...]:
+        return tuple(vars(model.decode(z, coords)).values())
+
+    with torch.no_grad():
+        plain = maps(z, coords)
+    for inputs in ((z, coords), (z, coords.detach()), (z.detach(), coords)):
+        for a, b in zip(maps(*inputs), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        assert torch.autograd.gradcheck(maps, inputs)
+
+
+def test_decode_trains_latents_and_decoder():
+    model = build()
+    points, z = grid(), torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([z, *model.hypernet.parameters()], lr=0.05)
+    errors = []
+    for _ in range(60):
+        error = (model.decode(z, points.coords).mean - points.values).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("leaf", ["z", "coords", "both"])
+def test_gradients_of_decode_in_float32(leaf):
+    exact = build(components=2)
+    model = copy.deepcopy(exact).float()
+    z, coords = torch.randn(2, 3, generator=seeded()), torch.rand(9, 2, generator=seeded(1)) * 2 - 1
+
+    def gradients(model: VaMoH, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).clone() for t in (z, coords)]
+        leaves = [t.requires_grad_() for t, name in zip(inputs, ("z", "coords"), strict=True) if leaf in (name, "both")]
+        leaves += model.hypernet.parameters()
+        maps = vars(model.decode(*inputs)).values()
+        total = sum((t * torch.arange(1, t.numel() + 1).reshape(t.shape)).sum() for t in maps)
+        return [grad.double() for grad in torch.autograd.grad(total, leaves)]
+
+    for found, wanted in zip(gradients(model, torch.float32), gradients(exact, torch.float64), strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_second_derivatives_of_decode():
+    """As for a loss on the slopes, in coordinates, latents and parameters."""
+    model = build(inr_activation="sine", inr_omega=1.0, gating_bound="tanh")
+    z = torch.randn(1, 3, dtype=torch.float64, generator=seeded())
+    coords = torch.rand(4, 2, dtype=torch.float64, generator=seeded(1))
+    coords.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: model.decode(z, x).mean, (coords,))
+
+    def slope(z: Tensor) -> Tensor:
+        return torch.autograd.grad(model.decode(z, coords).mean.sum(), coords, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(slope, (z.requires_grad_(),))
+    slope(z).square().sum().backward()
+    assert all(p.grad is not None for p in (*model.hypernet.parameters(), *model.gating_prior.parameters()))
+
+
+def test_decode_has_no_gradient_unasked():
+    model, coords = build(), grid().coords.requires_grad_()
+    z = torch.zeros(1, 3, dtype=torch.float64)
+    assert not model.decode(z, coords.detach()).mean.requires_grad
+    with torch.no_grad():
+        assert not model.decode(z, coords).mean.requires_grad
+    mean = model.decode(z.requires_grad_(), coords.detach()).mean
+    with pytest.raises(RuntimeError, match="has no second derivatives"):
+        torch.autograd.grad(mean.sum(), z, create_graph=True)
+
+
+def test_decode_without_pi_has_gradients():
+    z = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    result = build().decode(z, grid().coords, with_pi=False)
+    result.mean.sum().backward()
+    assert result.pi.shape == (2, 0, 3) and z.grad.abs().min() > 0

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import vamoh.points as module
 from vamoh.points import (
     PointSet,
     antipodes,
+    collate,
     grid_coords,
     grid_shape,
     lattice,
@@ -320,3 +323,57 @@ def test_no_lattice():
     coords = grid_coords((28, 28))
     coords[100, 1] += 1e-4
     assert lattice(coords) is None
+
+
+def test_collate():
+    g = torch.Generator().manual_seed(0)
+    functions = [(torch.rand(n, 2, generator=g), torch.rand(n, 1, generator=g)) for n in (5, 3, 4)]
+    mask = torch.tensor([True, False, True])
+    batch = collate([functions[0], (*functions[1], mask), (*functions[2], None)])
+    assert batch.values.shape == (3, 5, 1) and batch.coords.shape == (3, 5, 2)
+    assert batch.mask is not None
+    assert batch.mask.tolist() == [[True] * 5, [True, False, True, False, False], [True] * 4 + [False]]
+    for i, (x, y) in enumerate(functions):
+        assert torch.equal(batch.coords[i, : len(x)], x) and torch.equal(batch.values[i, : len(y)], y)
+    assert collate(functions[:1] * 2).mask is None
+
+
+def test_collate_shares_equal_coordinates():
+    values = torch.rand(4, 2, 3, 5)
+    whole = PointSet.from_grid(values)
+    batch = collate([PointSet.from_grid(v) for v in values.split([1, 2, 1])])
+    assert torch.equal(batch.coords, whole.coords) and torch.equal(batch.values, whole.values) and batch.mask is None
+    masked = whole.with_mask(torch.rand(15) < 0.5)
+    apart = collate([masked.part(slice(0, 3)), masked.part(slice(3, 4))])
+    assert apart.coords.shape == (15, 2) and torch.equal(apart.mask, masked.mask.expand(4, -1))
+
+
+def test_collate_in_a_data_loader():
+    class Functions(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            return torch.full((i + 1, 2), float(i)), torch.full((i + 1, 1), i / 10)
+
+    loader = torch.utils.data.DataLoader(Functions(), batch_size=4, num_workers=1, collate_fn=collate)
+    first, second = loader
+    assert first.values.shape == (4, 4, 1) and second.values.shape == (2, 6, 1)
+    for b, i in enumerate((4, 5)):
+        assert torch.equal(second.coords[b, : i + 1], torch.full((i + 1, 2), float(i)))
+        assert int(second.mask[b].sum()) == i + 1
+
+
+def test_collate_refuses():
+    x, y = torch.rand(3, 2), torch.rand(3, 1)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        ([], ValueError, "coords and values must be lists of one length >= 1"),
+        ([(x, y), x], TypeError, r"^collate: functions\[1\] must be PointSet or tuple or list, got Tensor"),
+        ([(x,)], ValueError, r"^collate: functions\[0\] must be coords, values and maybe a mask, got 1 entries"),
+        ([(x, y), (x, y[:2])], ValueError, r"values\[1\] must have shape \[3, 1\], got \[2, 1\]"),
+        ([(x, y, torch.ones(3))], TypeError, r"^collate: masks\[0\] must have dtype"),
+        ([(x, y, torch.ones(2) > 0)], ValueError, r"^collate: masks\[0\] must have shape \[3\]"),
+    ]
+    for functions, error, message in cases:
+        with pytest.raises(error, match=message):
+            collate(functions)

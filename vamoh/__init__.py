@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vamoh.elbo import ElboTerms
     from vamoh.generator import Reconstruction
     from vamoh.model import VaMoH
-    from vamoh.points import PointSet, grid_coords, sphere_grid
+    from vamoh.points import PointSet, collate, grid_coords, sphere_grid
 
 __all__ = [
     "Config",
@@ -27,6 +27,7 @@ __all__ = [
     "Reconstruction",
     "VaMoH",
     "__version__",
+    "collate",
     "grid_coords",
     "load",
     "load_config",
@@ -41,6 +42,7 @@ _HOMES = {
     "PointSet": "points",
     "Reconstruction": "generator",
     "VaMoH": "model",
+    "collate": "points",
     "grid_coords": "points",
     "load": "checkpoint",
     "load_config": "config",

@@ -66,6 +66,7 @@ class Run:
         """Functions of the data set on the run's device."""
         return self.dataset.batch(index).to(self.device)
 
+    @torch.no_grad()
     def infer(self, points: PointSet) -> Tensor:
         """Posterior mean [B, Z] of z, from as many points as training showed the encoder."""
         return infer(self.model, points, self.config.train.num_points, torch.Generator().manual_seed(self.seed))

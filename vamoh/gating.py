@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,11 +41,13 @@ class Gating(nn.Module):
     def forward(self, encoded: Tensor, z: Tensor, values: Tensor | None = None) -> Tensor:
         """Log-probabilities [B, K, N] of the components.
 
-        encoded [N, E] or [B, N, E]; z [B, Z]; values [B, N, C] for the posterior.
+        encoded [N, E] or [B, N, E]; z [B, Z]; values [B, N, C] for the posterior. Differentiable once; the prior twice
+        where `encoded` needs a gradient.
         """
-        return self._finish(gating_coords(encoded, [self.by_coords.weight])[0], z, values)
+        twice = values is None and torch.is_grad_enabled() and encoded.requires_grad
+        return self._finish(gating_coords(encoded, [self.by_coords.weight], twice=twice)[0], z, values, twice)
 
-    def _finish(self, coords: Tensor, z: Tensor, values: Tensor | None) -> Tensor:
+    def _finish(self, coords: Tensor, z: Tensor, values: Tensor | None, twice: bool = False) -> Tensor:
         """Log-probabilities from the coordinates' part of the first layer, [H, N] or [B, H, N]."""
         layers = [layer for layer in self.rest if isinstance(layer, nn.Linear)]
         return gating(
@@ -56,6 +59,7 @@ class Gating(nn.Module):
             None if self.by_value is None else self.by_value.weight,
             slope=SLOPE,
             bounded=self.bounded,
+            twice=twice,
         )
 
 

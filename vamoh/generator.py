@@ -102,14 +102,21 @@ def decode(
     mirror: Tensor | None = None,
     with_pi: bool = True,
     progress: bool = False,
+    differentiable: bool = False,
 ) -> Reconstruction:
-    """Mixed means at M = count points, a bounded number at a time.
+    """Mixed means at M = count points, a bounded number at a time, or differentiable and all at once.
 
     encode maps indices of m points to their features, [m, E] if shared by the batch, else [B, m, E]; log_pi maps
     (features, indices) to log-probabilities [B, K, m] or [B, K, 1]. mirror [M]: opposite points, which are decoded
     together. with_pi False leaves pi out of the result; progress shows a bar on standard error.
     """
     batch, components, _ = theta.shape
+    if differentiable:
+        features = encode(slice(0, count))
+        log_p = log_pi(features, slice(0, count))
+        mean, mean_map = inr_mixture_mean(theta, features, log_p, inr, likelihood.op, mirror=mirror)
+        pi = log_p.exp().mT.expand(-1, count, -1)
+        return Reconstruction(mean, mean_map, pi if with_pi else pi[:, :0])
     mean = theta.new_empty(batch, count, inr.widths[-1])
     mean_map = torch.empty_like(mean)
     pi = theta.new_empty(batch, count if with_pi else 0, components)

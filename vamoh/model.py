@@ -338,6 +338,7 @@ class VaMoH(nn.Module):
         posterior_at: [N] int64, the position in `coords` of every given point; there, where a point is observed, the
         posterior over components replaces the prior. Default: every point, if `coords` is not given, else none.
         progress: show a bar on standard error, for fine grids.
+        Without gradients; `decode(encode(points).mean, coords)` has them.
         """
         where = "reconstruct"
         self._check_points(points)
@@ -363,18 +364,21 @@ class VaMoH(nn.Module):
         )
         return self._decode(z, coords, progress, (known, observed, posterior_at))
 
-    @torch.no_grad()
     def decode(self, z: Tensor, coords: Tensor, *, with_pi: bool = True, progress: bool = False) -> Reconstruction:
         """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components.
 
-        Besides the result and three indices per point, memory does not grow with M. with_pi False leaves the component
-        probabilities, the largest part, out of the result; progress shows a bar on standard error.
+        Where z or coords need a gradient, the result is differentiable: in them and in the model's parameters. It then
+        holds what the gradient needs. Gradients to coords take plain torch, which keeps every activation, and have
+        second derivatives. Elsewhere, and under `torch.no_grad`, there is no gradient, and besides the result and three
+        indices per point, memory does not grow with M. with_pi False leaves the component probabilities, the largest
+        part, out of the result; progress shows a bar on standard error.
         """
         check_tensor("decode", "z", z, ["B", self.latent_dim], like=self.encoder.head.weight)
         check_type("decode", "with_pi", with_pi, bool)
         check_type("decode", "progress", progress, bool)
         self._check_coords("decode", coords, z.shape[0])
-        return self._decode(z, coords, progress, with_pi=with_pi)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (z.requires_grad or coords.requires_grad)):
+            return self._decode(z, coords, progress, with_pi=with_pi)
 
     @torch.no_grad()
     def sample(self, count: int, coords: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
@@ -496,6 +500,7 @@ class VaMoH(nn.Module):
             mirror=self.encoding.mirror(coords),
             with_pi=with_pi,
             progress=progress,
+            differentiable=torch.is_grad_enabled(),
         )
 
     def _randn(self, *shape: int, generator: torch.Generator | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,6 +243,44 @@ class PointSet:
         return PointSet(
             pad(list(coords), batch_first=True), pad(list(values), batch_first=True), None if mask.all() else mask
         )
+
+
+def collate(functions: Sequence[PointSet | Sequence[Tensor | None]]) -> PointSet:
+    """Batch functions of any number of points: the `collate_fn` of a `torch.utils.data.DataLoader`.
+
+    functions: each (coords [N_b, D], values [N_b, C]), (coords, values, mask [N_b] bool or None), or a PointSet, whose
+    functions are batched one by one. Equal coordinates, as those of a grid, are shared by the batch; lists of different
+    lengths are padded under a mask.
+    Raises TypeError or ValueError naming the function.
+    """
+    where = "collate"
+    check_type(where, "functions", functions, list, tuple)
+    parts: list[tuple[Any, Any, Any]] = []
+    for i, function in enumerate(functions):
+        if isinstance(function, PointSet):
+            singles = (function.part(slice(b, b + 1)) for b in range(function.batch))
+            parts += [
+                (s.coords.flatten(0, -2), s.values[0], None if s.mask is None else s.mask.flatten()) for s in singles
+            ]
+            continue
+        check_type(where, f"functions[{i}]", function, PointSet, tuple, list)
+        if len(function) not in (2, 3):
+            raise ValueError(
+                f"{where}: functions[{i}] must be coords, values and maybe a mask, got {len(function)} entries"
+            )
+        coords_of, values_of, mask_of = (*function, None)[:3]
+        parts.append((coords_of, values_of, mask_of))
+    coords, values, masks = map(list, zip(*parts, strict=True)) if parts else ([], [], [])
+    batch = PointSet.from_lists(coords, values)
+    if any(mask is not None for mask in masks):
+        for i, (mask, y) in enumerate(zip(masks, values, strict=True)):
+            if mask is None:
+                masks[i] = torch.ones(len(y), dtype=torch.bool, device=y.device)
+            check_tensor(where, f"masks[{i}]", masks[i], [len(y)], dtypes=[torch.bool])
+        batch = batch.with_mask(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True))
+    first = coords[0]
+    shared = all(x is first or (x.shape == first.shape and torch.equal(x, first)) for x in coords)
+    return batch._with(first, batch.values, batch.mask) if shared else batch
 
 
 def _fresh(found: tuple[int | None, object] | None, value: Tensor) -> bool:

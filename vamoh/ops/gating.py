@@ -24,6 +24,7 @@ from vamoh.ops._backend import (
     refuse_second_derivatives,
     register,
     register_plain,
+    require_reference,
     resolve,
     triton_kernels,
     triton_precision,
@@ -35,11 +36,13 @@ Context = torch.autograd.function.FunctionCtx
 
 
 @float32_under_autocast
-def gating_coords(encoded: Tensor, weights: Sequence[Tensor], *, backend: str | None = None) -> list[Tensor]:
+def gating_coords(
+    encoded: Tensor, weights: Sequence[Tensor], *, twice: bool = False, backend: str | None = None
+) -> list[Tensor]:
     """What the coordinates add to the first layers of networks: weights[i] · encoded, [H, N] or [B, H, N] for each.
 
     encoded [N, E] or [B, N, E] and weights [H, E] (H of each network), float32 or float64 of one dtype and device;
-    differentiable once. Networks that are given together share the reading of `encoded`.
+    differentiable once, or `twice` by plain torch. Networks that are given together share the reading of `encoded`.
     Raises TypeError or ValueError naming the argument.
     """
     where = "gating_coords"
@@ -49,6 +52,9 @@ def gating_coords(encoded: Tensor, weights: Sequence[Tensor], *, backend: str | 
     check_tensor(where, "encoded", encoded, [None] * encoded.dim(), dtypes=FLOATING)
     for i, weight in enumerate(weights):
         check_tensor(where, f"weights[{i}]", weight, ["H", encoded.shape[-1]], like=encoded)
+    if twice:
+        require_reference(where, "second derivatives", backend)
+        return [weight @ encoded.mT for weight in weights]
     batched = encoded if encoded.dim() == 3 else encoded[None]
     parts: list[Tensor] = torch.ops.vamoh.gating_coords(batched, list(weights), backend)
     return parts if encoded.dim() == 3 else [part.squeeze(0) for part in parts]
@@ -65,9 +71,12 @@ def gating(
     *,
     slope: float,
     bounded: bool,
+    twice: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probabilities [B, K, N] of K components at N points, keeping no hidden layer; differentiable once.
+
+    `twice` takes plain torch, which keeps every layer and has second derivatives.
 
     The first layer is coords + shift + value_weight · values: coords [H, N] or [B, H, N], shift [B, H] (z's part and
     the bias), values [B, N, C] with value_weight [H, C], or neither. weights ([O, I] each) and biases ([O]) are those
@@ -99,16 +108,12 @@ def gating(
     layers = [p.flatten() for layer in zip(weights, biases, strict=True) for p in layer]
     first = [] if value_weight is None else [value_weight.flatten()]
     parameters = torch.cat([*first, *layers]) if first or layers else shift.new_empty(0)
-    log_p: Tensor = torch.ops.vamoh.gating(
-        coords if coords.dim() == 3 else coords[None],
-        shift,
-        values,
-        parameters,
-        [hidden, *(bias.shape[0] for bias in biases)],
-        slope,
-        bounded,
-        backend,
-    )
+    coords = coords if coords.dim() == 3 else coords[None]
+    widths = [hidden, *(bias.shape[0] for bias in biases)]
+    if twice:
+        require_reference(where, "second derivatives", backend)
+        return gating_reference(coords, shift, values, parameters, widths, slope, bounded)
+    log_p: Tensor = torch.ops.vamoh.gating(coords, shift, values, parameters, widths, slope, bounded, backend)
     return log_p
 
 

@@ -150,18 +150,22 @@ def inr_mixture_mean(
     mirror: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean of the mixture and mean of its most probable component, both [B, N, C]; for inference, no gradient.
+    """Mean of the mixture and mean of its most probable component, both [B, N, C].
 
     log_pi [B, K, N], or [B, K, 1] for all points alike: log-probabilities of the components; the first of equally
-    probable ones counts. mirror as in `inr_mixture`.
+    probable ones counts. mirror as in `inr_mixture`. Where a gradient is needed it stores the outputs of `inr_mixture`,
+    whose paths and derivatives it then has.
     """
     _check(inr, theta, features, likelihood=likelihood, mirror=mirror)
     batch, components = theta.shape[:2]
     count = features.shape[-2]
     points = 1 if isinstance(log_pi, Tensor) and log_pi.dim() == 3 and log_pi.shape[2] == 1 else count
     check_tensor("inr_mixture", "log_pi", log_pi, [batch, components, points], like=theta)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, features, log_pi)):
+        outputs = inr_mixture(theta, features, inr, mirror=mirror, backend=backend)
+        return _mix(outputs, log_pi.expand(-1, -1, count), likelihood)
     mean, mean_map = torch.ops.vamoh.inr_mixture_mean(
-        theta.detach(), features.detach(), log_pi.detach(), mirror, list(inr.widths), *inr[1:], likelihood.kind, backend
+        theta, features, log_pi, mirror, list(inr.widths), *inr[1:], likelihood.kind, backend
     )
     return mean, mean_map
 
@@ -585,7 +589,11 @@ def inr_mixture_mean_reference(
 
 
 def _mean(theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    means = mean(likelihood, inr_mixture_reference(theta, features, inr))  # [B, K, N, C]
+    return _mix(inr_mixture_reference(theta, features, inr), log_pi, likelihood)
+
+
+def _mix(outputs: Tensor, log_pi: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    means = mean(likelihood, outputs)  # [B, K, N, C]
     best = log_pi.argmax(1)[:, None, :, None].expand(-1, 1, -1, means.shape[3])
     return (log_pi.exp()[..., None] * means).sum(1), means.gather(1, best)[:, 0]
 
