@@ -24,6 +24,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process per core, but each imports torch and some compile."""
+    return min(8, os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -191,6 +191,7 @@ def calls(folder: Path) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
     ]
 
 
+@pytest.mark.slow
 def test_every_wrong_argument_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each argument of each function, replaced by each of forty wrong things, or things that happen to be right."""
     monkeypatch.chdir(tmp_path)  # "x" is a fine name of a file
@@ -256,6 +257,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_every_wrong_command_is_explained(

@@ -62,6 +62,7 @@ def cloud(count: int, *lead: int, seed: int = 0) -> Tensor:
     return torch.rand(*lead, count, 2, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_any_batch_and_new_points_every_step():
     step = Step()
     for batch, count in ((3, 30), (4, 25)):
@@ -127,6 +128,7 @@ def test_search_in_a_graph_is_the_models_own():
             torch.library.opcheck(neighborhoods_in_graph, (batched, frequencies, [12, 5, 5, 4]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
 def test_inductor():
     with torch._inductor.config.patch("cpp.simdlen", 0):  # halves the time it compiles

@@ -369,6 +369,7 @@ def options(folder: Path, **values: Any) -> list[str]:
     return ["train", str(folder / "mine.yaml")]
 
 
+@pytest.mark.slow
 def test_torchrun_stops_and_continues_a_run(folder: Path) -> None:
     run = folder / "stopped"
     process = torchrun("-m", "vamoh", *options(folder, steps=10**6, checkpoint_every=10**6), "--out", str(run))
@@ -388,6 +389,7 @@ def test_torchrun_stops_and_continues_a_run(folder: Path) -> None:
     assert json.loads((run / "evaluation.json").read_text())["functions"] == 3
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_loses_little(folder: Path) -> None:
     run = folder / "killed"
     process = torchrun(__file__, str(folder), "die")

@@ -250,6 +250,7 @@ def run_job(name: str, folder: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     """kill -9 at random moments, each time continued: to the last bit what was never stopped."""
     found = run_job("kill", tmp_path)
@@ -262,6 +263,7 @@ def test_killed_with_the_lock_of_its_bars(tmp_path: Path) -> None:
     assert run_job("lock", tmp_path) == {"killed": True, "step": STEPS}
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     """Wherever it strikes, the error names the file, and the run goes on to the last bit."""
     found = run_job("disk", tmp_path)
@@ -281,6 +283,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert continued, file
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     found = run_job("read_only", tmp_path)
     assert found["kept"]
@@ -347,6 +350,7 @@ def test_killed_before_the_first_checkpoint(moment: str, tmp_path: Path) -> None
     assert content(run) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_long_run_leaks_nothing(tmp_path: Path) -> None:
     found = run_job("long", tmp_path)
     assert len(found["memory"]) == 8

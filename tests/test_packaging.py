@@ -71,6 +71,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
     assert not [name for name in names if name.startswith("tests/") or name.endswith((".so", ".pyc"))]
 
 
+@pytest.mark.slow
 def test_wheel_from_sdist(source, tmp_path):
     native = "auto" if native_unavailable() else "1"
     cuda = "1" if native == "1" and shutil.which("nvcc") else "auto"
@@ -106,6 +107,7 @@ print(report.build.get("cuda"))
         assert re.fullmatch(r"[\d.]+ for sm_80, sm_90, compute_90", lines[2])
 
 
+@pytest.mark.slow
 def test_install_without_a_compiler(source, tmp_path):
     broken = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
     options = {"VAMOH_NATIVE": "1", "VAMOH_CUDA": "0", **broken}
@@ -134,6 +136,7 @@ print([row.reason for row in status().rows if (row.op, row.backend) == ("knn", "
     assert "reinstall vamoh where a C++17 compiler works" in lines[1]
 
 
+@pytest.mark.slow
 def test_native_can_be_left_out(source, tmp_path):
     wheel = build("wheel", source, tmp_path, VAMOH_NATIVE="0")
     assert not [n for n in zipfile.ZipFile(wheel).namelist() if "_native" in n]

@@ -113,6 +113,7 @@ def test_own_centroids_and_neighbors(name):
     assert sampled > 20 and rows > 50
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     path = next(p for p in FILES if p.stem == "chairs_tiny")
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}

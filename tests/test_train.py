@@ -447,6 +447,7 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
     raise AssertionError("the run never got there")
 
 
+@pytest.mark.slow
 def test_kill_9_then_resume(reference: Path, tmp_path: Path) -> None:
     """Kill at a random moment, with a checkpoint being written after every step, and continue to the last bit."""
     folder = tmp_path / "run"
@@ -461,6 +462,7 @@ def test_kill_9_then_resume(reference: Path, tmp_path: Path) -> None:
     assert_same_run(folder, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_save_and_say_how_to_resume(name: str, reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

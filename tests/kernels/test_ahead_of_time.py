@@ -63,6 +63,7 @@ def test_limits_are_seen():
         assert not within_limits("| " + " | ".join(map(str, [*cells[:column], bad, *cells[column + 1 :]])) + " |")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernels_compile(chip, tmp_path):
     """A sample of the table: the default precision, and one kernel each in the others."""

@@ -19,6 +19,7 @@ from typing import Any
 import pybind11
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -173,12 +174,17 @@ def build_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 @pytest.fixture(scope="session")
 def cuda_on_host_module(build_on_host: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The CUDA functions of the native module for host memory."""
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    kernels = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ON_HOST / "seed.cu"]
-    library = build_on_host(folder / "libcuda_kernels.so", kernels, link=["-shared"])
-    sources = [ON_HOST / "module.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
-    path = build_on_host(folder / "cuda_on_host.so", sources, link=["-shared", library, f"-Wl,-rpath,{folder}"])
+    """The CUDA functions of the native module for host memory; parallel test processes share one build."""
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "cuda_on_host"
+    path = folder / "cuda_on_host.so"
+    with FileLock(f"{folder}.lock"):
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            kernels = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ON_HOST / "seed.cu"]
+            library = build_on_host(folder / "libcuda_kernels.so", kernels, link=["-shared"])
+            sources = [ON_HOST / "module.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+            build_on_host(path, sources, link=["-shared", library, f"-Wl,-rpath,{folder}"])
     spec = importlib.util.spec_from_file_location("cuda_on_host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -35,12 +35,14 @@ def run(*program: object, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_kernels_under_sanitizers(build_on_host, tmp_path):
     program = build_on_host(tmp_path / "checks", [*CUDA.glob("*_cuda.cu"), *CHECKS, *PROGRAM], SANITIZE)
     result = run(program, "quick")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_every_missing_barrier_is_noticed(build_on_host, tmp_path):
     program = build_on_host(tmp_path / "checks", [*CUDA.glob("*_cuda.cu"), *CHECKS, *PROGRAM])
     assert run(program).returncode == 0
@@ -76,6 +78,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "right", "wrong", "options"), MISTAKES)
 def test_mistakes_are_noticed(build_on_host, tmp_path, op, right, wrong, options):
     changed = 0

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "tests" / "ops" / "sanitize").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_kernels_under_a_sanitizer(tmp_path, sanitizer):
     compiler = shutil.which(os.environ.get("CXX") or "c++")
