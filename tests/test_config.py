@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def test_bad_keys_and_types(content: Any, error: type[Exception], message: str) 
         ("model", {"components": 0}, "model.components must be at least 1, got 0"),
         ("model", {"frequencies": -1}, "model.frequencies must be at least 0, got -1"),
         ("model", {"scale": 0.0}, "model.scale must be above 0, got 0.0"),
-        ("model", {"inr_slope": float("nan")}, "model.inr_slope must be at least 0, got nan"),
+        ("model", {"inr_slope": float("nan")}, "model.inr_slope must be a number, finite and below 2.63, got nan"),
         ("model", {"inr_widths": [8, 0]}, r"model.inr_widths must be a list of ints of at least 1, got \[8, 0\]"),
         ("model", {"weight_net": []}, r"model.weight_net must be a list of at least one int, got \[\]"),
         ("model", {"encoder_neighbors": [9]}, r"encoder_neighbors must be as long as model.encoder_centroids \(3\)"),
@@ -242,14 +243,96 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load_config(missing)
     path = tmp_path / "broken.yaml"
     path.write_text("model: [1,")
-    with pytest.raises(ValueError, match="broken.yaml is not a YAML file"):
+    with pytest.raises(ValueError, match="broken.yaml is damaged or not a YAML file"):
         load_config(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="broken.yaml is not a YAML file"):
+    with pytest.raises(ValueError, match="broken.yaml is damaged or not a YAML file"):
         load_config(path)
     path.write_text("train: {lr: fast}")
     with pytest.raises(TypeError, match="broken.yaml: config: train.lr must be a number, got 'fast'"):
         load_config(path)
+
+
+def bomb(entry: str) -> str:
+    """Sections of the model that repeat each other eightfold; entry: how one repeats another."""
+    sections = ["inr_widths: &a {x: 1}"]
+    for i, name in enumerate(("gating_widths", "hypernet_widths", "weight_net", "pool_centroids", "pool_neighbors")):
+        repeated = ", ".join([f"*{'abcde'[i]}"] * 10)
+        sections.append(f"{name}: &{'bcdef'[i]} {entry.format(repeated)}")
+    return f"model: {{{', '.join(sections)}}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (bomb("[{}]"), "its aliases stand for more than 100000 values"),
+        (bomb("{{<<: [{}]}}"), "its aliases stand for more than 100000 values"),
+        ("model: &a [*a]", "an alias lies in what it repeats"),
+        ("model: " + "[" * 5000, "nested more than 20 deep"),
+        ("model: " + "[" * 5000 + "]" * 5000, "nested more than 20 deep"),
+        ("#" * 100_001, "larger than 100000 characters"),
+        ("model: !!int ''", "damaged or not a YAML file"),
+        ("model: !!bool x", "damaged or not a YAML file"),
+        ("model: !!timestamp x", "damaged or not a YAML file"),
+        ("model: 2024-13-45", "damaged or not a YAML file"),
+        ("model: !!python/object/apply:os.getpid []", "damaged or not a YAML file"),
+    ],
+)
+def test_yaml_files_that_are_traps(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "trap.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 300 + len(str(path))
+    assert "trap.yaml" in str(caught.value)
+
+
+def test_anchors_work(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.yaml"
+    path.write_text(
+        "model: {inr_widths: &w [8, 8], gating_widths: *w}\ntrain: {beta_z: &b {value: 2}, beta_c: {<<: *b}}"
+    )
+    config = load_config(path)
+    assert config.model.inr_widths == config.model.gating_widths == (8, 8)
+    assert config.train.beta_z.value == config.train.beta_c.value == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("train", {"lr": math.inf}),
+        ("train", {"clip": math.nan}),
+        ("train", {"steps": 2**63}),
+        ("train", {"lr": 10**400}),
+        ("model", {"inr_widths": [8, 10**30]}),
+    ],
+)
+def test_numbers_are_finite(section: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"config: {section}.{next(iter(values))} must be .*finite.*, got") as caught:
+        config_from_dict({section: values})
+    assert len(str(caught.value)) < 200
+
+
+def test_clip_may_be_infinite_and_threads_are_few() -> None:
+    assert config_from_dict({"train": {"clip": math.inf}}).train.clip == math.inf
+    with pytest.raises(ValueError, match="train.threads must be at most 1024, got 20000"):
+        config_from_dict({"train": {"threads": 20000}})
+
+
+@pytest.mark.parametrize("content", ["x" * 10**6, ["y" * 50] * 100, {"z" * 500: 1}, {"model": {"k" * 500: 1}}])
+def test_long_values_are_cut(content: Any) -> None:
+    for value in (content, {"data": content}, {"train": {"lr": content}}):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            config_from_dict(value)
+        assert len(str(caught.value)) < 900  # the names of all keys are the longest message
+
+
+def test_names_no_file_can_have() -> None:
+    for path in ("a\0b", "a\udcffb"):
+        with pytest.raises(ValueError, match=r"data.path must be a path in UTF-8 without NUL, got 'a.*b'"):
+            DataConfig(path=path)
+        with pytest.raises(ValueError, match=r"source must be a path in UTF-8 without NUL"):
+            load_config(path)
 
 
 def test_differences() -> None:

@@ -39,11 +39,26 @@ def test_a_torn_last_line_goes_even_if_its_step_counts(tmp_path: Path) -> None:
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"a": 1}', '{"step": "x"}', "\xff"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"a": 1}',
+        '{"step": "x"}',
+        "\xff",
+        '{"step": 1, "elbo": "x"}',
+        '{"step": 1, "elbo": NaN}',
+        '{"step": true}',
+        "[" * 100_000,
+    ],
+)
 def test_a_broken_line_in_the_middle_is_an_error(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match="line 2 of .*metrics.jsonl must be a JSON object with an int step, got"):
+    with pytest.raises(
+        ValueError, match="line 2 of .*metrics.jsonl must be a JSON object with an int step and finite numbers, got"
+    ):
         read_log(path)
 
 

@@ -11,6 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vamoh._shown import listed as listed
+from vamoh._shown import reason as reason
+from vamoh._shown import shown as shown
+from vamoh._shown import unquoted as unquoted
+
 FLOATING = (torch.float32, torch.float64)
 
 
@@ -48,12 +53,6 @@ def check_type(where: str, name: str, value: object, *types: type) -> None:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
         raise TypeError(f"{where}: {name} must be {wanted}, got {shown(value)}")
-
-
-def shown(value: object) -> str:
-    """A value for a message: itself if it is short, else its type."""
-    text = repr(value) if isinstance(value, str | bytes | int | float | list | tuple | dict) or value is None else ""
-    return text if 0 < len(text) <= 60 else type(value).__name__
 
 
 def check_tensor(
@@ -114,9 +113,9 @@ def check_positive(where: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{where}: {name} must be an int, got {shown(value)}")
     if value < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+        raise ValueError(f"{where}: {name} must be at least 1, got {shown(value)}")
     if value >= 1 << 63:
-        raise ValueError(f"{where}: {name} must be below 2^63, got {value}")
+        raise ValueError(f"{where}: {name} must be below 2^63, got {shown(value)}")
     return value
 
 
@@ -141,7 +140,7 @@ def check_seed(where: str, name: str, value: int) -> None:
     """Raise unless `value` is an int from 0 to 2^63 - 1."""
     check_type(where, name, value, int)
     if not 0 <= value < 1 << 63:
-        raise ValueError(f"{where}: {name} must be between 0 and 2^63 - 1, got {value}")
+        raise ValueError(f"{where}: {name} must be between 0 and 2^63 - 1, got {shown(value)}")
 
 
 def check_device(where: str, device: str | torch.device) -> torch.device:
@@ -150,9 +149,10 @@ def check_device(where: str, device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         kind = ValueError if isinstance(device, str | torch.device | int) else TypeError
-        raise kind(f"{where}: device must be one this machine has, got {str(device)!r} ({reason})") from error
+        raise kind(
+            f"{where}: device must be one this machine has, got {shown(str(device))} ({reason(error)})"
+        ) from error
     return found
 
 

@@ -5,7 +5,6 @@ Every function returns the text to show. Unless `out` names a folder, results go
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from torch import Tensor
 import vamoh
 from vamoh import checkpoint, figures
 from vamoh._checks import check_choice, check_device
-from vamoh._files import writing
+from vamoh._files import whole_file, write_json, writing
 from vamoh.compat.config import load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
-from vamoh.config import Config, load_config
+from vamoh.config import Config, load_run_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import join
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
@@ -267,7 +266,7 @@ def open_run(run: Path, device: str, seed: int) -> Run:
         raise ValueError(f"vamoh: seed must be between 0 and 2^63 - 1, got {seed}")
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"no run in {run}: a run folder has a config.yaml, as vamoh train writes it")
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     model = checkpoint.load(run, place)
     data = config.data
     return Run(run, config, open_dataset(data.name, data.path, data.size, data.root), model, place, seed)
@@ -430,15 +429,14 @@ def _run_folder(source: str, resume: bool) -> Path:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> Path:
-    with writing("vamoh", path):
-        np.savez_compressed(path, **arrays)
+    write: Any = np.savez_compressed  # its annotation takes any keyword for one of its options
+    with whole_file("vamoh", path) as file:
+        write(file, **arrays)
     return path
 
 
 def _save_json(path: Path, content: Mapping[str, Any]) -> Path:
-    with writing("vamoh", path):
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+    return write_json("vamoh", path, content)
 
 
 def _written(*paths: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import types
@@ -13,9 +14,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from vamoh._files import check_path, writing
+from vamoh._files import check_name, check_path, read_file, reading, write_file
+from vamoh._shown import LENGTH, shown, unquoted
 
 T = TypeVar("T")
+
+_LARGEST = 100_000
+"""Most characters of a YAML file, and values with its aliases written out; a configuration has some thousand."""
+_DEEPEST = 20
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self, "data")
         _check("data", self, "size", self.size is None or self.size >= 1, "at least 1")
+        for name in ("path", "root"):
+            if getattr(self, name) is not None:
+                check_name("config", f"data.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ class TrainConfig:
     lr_warmup: int = 0
     """first steps over which the learning rate grows linearly to its full value"""
     clip: float = 200.0
-    """largest global norm of the gradient"""
+    """largest global norm of the gradient; .inf: any"""
     weight_decay: float = 0.0
     """weight decay of Adam"""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -208,6 +217,7 @@ class TrainConfig:
         for name in ("num_points", "threads"):
             value = getattr(self, name)
             _check("train", self, name, value is None or value >= 1, "at least 1")
+        _check("train", self, "threads", self.threads is None or self.threads <= 1024, "at most 1024")
         for name in ("lr", "clip"):
             _check("train", self, name, getattr(self, name) > 0, "above 0")
         _check("train", self, "lr_decay", 0 < self.lr_decay <= 1, "above 0 and at most 1")
@@ -238,7 +248,9 @@ def preset(name: str) -> Config:
     if not isinstance(name, str):
         raise TypeError(f"preset: name must be a str, got {type(name).__name__}")
     if name not in PRESETS:
-        raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}, got {name!r}{_nearest(name, PRESETS)}")
+        raise ValueError(
+            f"preset: name must be one of {', '.join(PRESETS)}, got {shown(name)}{_nearest(name, PRESETS)}"
+        )
     return PRESETS[name]
 
 
@@ -256,14 +268,20 @@ def load_config(source: str | os.PathLike[str]) -> Config:
         if isinstance(source, str) and path.name == source and not path.suffix:
             return preset(source)
         raise FileNotFoundError(f"load_config: no configuration file {path}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad bytes, a 13th month
-        raise ValueError(f"load_config: {path} is not a YAML file: {error}") from error
+    with reading("load_config", path, "a YAML file"):
+        content = yaml.load(read_file("load_config", path, follow=True).decode(), Loader=_Loader)
     try:
         return config_from_dict({} if content is None else content)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def load_run_config(folder: str | os.PathLike[str]) -> Config:
+    """Read the configuration of a run folder, as `load_config`; ValueError where it is a link."""
+    path = check_path("load_config", "folder", folder) / "config.yaml"
+    if path.is_symlink():
+        raise ValueError(f"load_config: {path} must be a file of the run, got a link")
+    return load_config(path)
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
@@ -272,14 +290,14 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     if not isinstance(config, Config):
         raise TypeError(f"save_config: config must be a Config, got {type(config).__name__}")
     if not path.name:
-        raise ValueError(f"save_config: path must name a file, got {str(path)!r}")
-    unfinished = path.with_name(path.name + ".tmp")
-    with writing("save_config", path):
-        with unfinished.open("w", encoding="utf-8") as file:
-            yaml.dump(config_to_dict(config), file, Dumper=_Dumper, sort_keys=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        raise ValueError(f"save_config: path must name a file, got {shown(str(path))}")
+    write_file("save_config", path, config_to_yaml(config))
+
+
+def config_to_yaml(config: Config) -> str:
+    """Text of the file that `save_config` writes."""
+    text: str = yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -290,7 +308,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(content: Mapping[str, Any]) -> Config:
     """Inverse of `config_to_dict`; missing keys come from the preset that `content` names, or from the defaults."""
     if not isinstance(content, Mapping):
-        raise TypeError(f"config: expected keys and values, got {content!r} ({type(content).__name__})")
+        raise TypeError(f"config: expected keys and values, got {shown(content)} ({type(content).__name__})")
     name = content.get("preset")
     return _build(preset(name) if isinstance(name, str) else Config(), content, "")
 
@@ -298,16 +316,45 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Lines "key: a != b" for every value in which two nested dictionaries differ; an absent value reads "nothing"."""
     lines = []
-    for key in sorted({*left, *right}):
+    for key in sorted({*left, *right}, key=str):
         a, b = left.get(key, "nothing"), right.get(key, "nothing")
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key}: {a} != {b}")
+            lines.append(f"{prefix}{unquoted(key)}: {unquoted(a)} != {unquoted(b)}")
     return lines
 
 
-class _Loader(yaml.SafeLoader):
+class BoundedLoader(yaml.SafeLoader):
+    """Plain values alone, no deeper and no more than a configuration has: a few bytes of aliases can stand for any
+    memory.
+    """
+
+    def __init__(self, stream: str) -> None:
+        if len(stream) > _LARGEST:
+            raise yaml.YAMLError(f"it is larger than {_LARGEST} characters")
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Count nodes as if aliases were written out, and how deep they lie."""
+        start, alias = self._nodes, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and id(node) not in self._sizes:
+            raise yaml.YAMLError("an alias lies in what it repeats")
+        self._nodes += self._sizes[id(node)] if alias else 1
+        if self._nodes > _LARGEST:
+            raise yaml.YAMLError(f"its aliases stand for more than {_LARGEST} values")
+        self._sizes.setdefault(id(node), self._nodes - start)
+        return node
+
+
+class _Loader(BoundedLoader):
     """YAML 1.1 takes 1e-3 for text; here it is a number."""
 
 
@@ -328,13 +375,13 @@ def _build(base: T, content: Mapping[str, Any], section: str) -> T:
     hints = typing.get_type_hints(type(base))
     values = {f.name: getattr(base, f.name) for f in fields(base)}  # type: ignore[arg-type]
     for key, value in content.items():
-        where = f"{section}.{key}" if section else str(key)
+        where = f"{section}.{unquoted(key)}" if section else unquoted(key)
         if key not in values:
-            hint = _nearest(str(key), values) or f"; {section or 'config'} has {', '.join(values)}"
+            hint = _nearest(unquoted(key), values) or f"; {section or 'config'} has {', '.join(values)}"
             raise ValueError(f"config: unknown key {where}{hint}")
         if is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                got = f"{value!r} ({type(value).__name__})"
+                got = f"{shown(value)} ({type(value).__name__})"
                 raise TypeError(f"config: {where} must be a section of keys and values, got {got}")
             values[key] = _build(values[key], value, where)
         else:
@@ -360,21 +407,31 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _check(section: str, config: object, name: str, good: bool, wanted: str) -> None:
     if not good:
         key = f"{section}.{name}" if section else name
-        raise ValueError(f"config: {key} must be {wanted}, got {_plain(getattr(config, name))!r}")
+        raise ValueError(f"config: {key} must be {wanted}, got {shown(_plain(getattr(config, name)))}")
 
 
 def _check_types(config: Any, section: str) -> None:
     """Check every field against its annotation; ints given for floats become floats."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        key = f"{section}.{name}" if section else name
+        if not _is_bounded(value) and not (name == "clip" and value == math.inf):
+            raise ValueError(f"config: {key} must be {_describe(hint)}, finite and below 2^63, got {shown(value)}")
         if isinstance(value, int) and not isinstance(value, bool) and _fits(1.0, hint) and not _fits(1, hint):
             object.__setattr__(config, name, float(value))
         elif not _fits(value, hint):
-            key = f"{section}.{name}" if section else name
-            got = f"{_plain(value)!r} ({type(_plain(value)).__name__})"
+            got = f"{shown(_plain(value))} ({type(_plain(value)).__name__})"
             error = ValueError if typing.get_origin(hint) is Literal and isinstance(value, str) else TypeError
-            near = _nearest(value, typing.get_args(hint)) if error is ValueError else ""
+            near = _nearest(value[:LENGTH], typing.get_args(hint)) if error is ValueError else ""
             raise error(f"config: {key} must be {_describe(hint)}, got {got}{near}")
+
+
+def _is_bounded(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_bounded(entry) for entry in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vamoh._checks import check_choice
+from vamoh._files import write_file
 from vamoh.gating import uniform
 from vamoh.model import VaMoH
 from vamoh.ops import inr_mixture_mean
@@ -134,16 +135,7 @@ def export_model(model: VaMoH, path: str | os.PathLike[str], *, part: str = "dec
         buffer = io.BytesIO()
         torch.export.save(export_encoder(model) if part == "encoder" else export_decoder(model), buffer)
         content = buffer.getvalue()
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _refuse_existing(path)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_file("export", path, content, new=True)
     return path
 
 

@@ -21,7 +21,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vamoh._files import writing
+from vamoh._files import whole_file
 
 Array = NDArray[Any]
 
@@ -465,6 +465,6 @@ def _key(figure: Figure, key: str, place: tuple[float, float, float], look: Look
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing("vamoh", path):
-        figure.savefig(path, dpi=DPI, facecolor="white")
+    with whole_file("vamoh", path) as file:
+        figure.savefig(file, format=path.suffix[1:] or None, dpi=DPI, facecolor="white")
     return path

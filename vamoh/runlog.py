@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vamoh._files import writing
+from vamoh._files import open_inside, read_file, sync, write_file, writing
+from vamoh._shown import shown
 
 
 class RunLog:
@@ -21,20 +22,19 @@ class RunLog:
 
     after_step: keep only the existing lines up to this step, so that a resumed run continues the log of an
     uninterrupted one; a last line torn by a crash goes too. Raises ValueError for any other line that is not such an
-    object, naming the file and the line. Use as a context manager or call `close`.
+    object of numbers, naming the file and the line. Use as a context manager or call `close`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, after_step: int = 0) -> None:
         self.path = Path(path)
-        kept = "".join(line + "\n" for line, entry in _read(self.path) if entry["step"] <= after_step)
-        if self.path.exists() and self.path.read_bytes() != kept.encode():
-            replacement = self.path.with_name(self.path.name + ".tmp")
-            with writing("run log", self.path):
-                replacement.write_bytes(kept.encode())
-                os.replace(replacement, self.path)
+        content = _content(self.path)
+        kept = "".join(line + "\n" for line, entry in _parse(self.path, content) if entry["step"] <= after_step)
+        if content != kept.encode():
+            write_file("run log", self.path, kept)
         with writing("run log", self.path):
+            descriptor = open_inside("run log", self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             # Without a buffer, which a full disk would leave to be written when the file is closed.
-            self._file = self.path.open("ab", buffering=0)
+            self._file = os.fdopen(descriptor, "ab", buffering=0)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
@@ -46,7 +46,7 @@ class RunLog:
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         with writing("run log", self.path):
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; nothing can be written after."""
@@ -62,9 +62,9 @@ class RunLog:
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Entries of a run log, oldest first; [] when there is none. A torn last line is left out.
 
-    Raises ValueError for any other line that is not a JSON object with an int `step`.
+    Raises ValueError for any other line that is not a JSON object of numbers, with an int `step`.
     """
-    return [entry for _, entry in _read(Path(path))]
+    return [entry for _, entry in _parse(Path(path), _content(Path(path)))]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -83,23 +83,37 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+def _content(path: Path) -> bytes:
+    try:
+        return read_file("run log", path)
+    except FileNotFoundError:
+        return b""
+
+
+def _parse(path: Path, content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    lines = content.decode("utf-8", errors="replace").split("\n")
     # Every whole line ends in a newline, so what follows the last one is empty or torn.
     entries = []
     for number, line in enumerate(lines[:-1], 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int or not _holds_numbers(entry):
             raise ValueError(
-                f"run log: line {number} of {path} must be a JSON object with an int step, got {line[:80]!r}"
+                f"run log: line {number} of {path} must be a JSON object with an int step and finite numbers, "
+                f"got {shown(line)}"
             )
         entries.append((line, entry))
     return entries
+
+
+def _holds_numbers(entry: Mapping[str, Any]) -> bool:
+    """Whether every value but the name of a split is a number that can be drawn."""
+    return all(
+        isinstance(value, str) if name == "split" else type(value) in (int, float) and abs(value) < sys.float_info.max
+        for name, value in entry.items()
+    )
 
 
 def _version(name: str) -> str | None:

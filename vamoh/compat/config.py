@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from vamoh.config import BetaConfig, Config, DataConfig, ModelConfig, TrainConfig
+from vamoh._files import read_file, reading
+from vamoh._shown import shown
+from vamoh.config import BetaConfig, BoundedLoader, Config, DataConfig, ModelConfig, TrainConfig
 
 Status = Literal["mapped", "without effect", "corrected"]
 
@@ -584,26 +586,29 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
     Files have two levels, and lists stand on one line, so a wrong indentation leaves no doubt.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"load_reference_config: no configuration file {path}") from None
+    where = "load_reference_config"
     corrected = []
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        lines = text.splitlines()
-        for i, line in enumerate(lines):
-            found = re.match(r"(\s+)(\w+)(:\s.*)", line)
-            if found and found[1] != "  ":
-                lines[i] = f"  {found[2]}{found[3]}"
-                corrected.append(Row(found[2], None, "corrected", f"line {i + 1}: indentation of {found[2]} corrected"))
+    with reading(where, path, "a YAML file"):
         try:
-            content = yaml.safe_load("\n".join(lines))
-        except yaml.YAMLError:
-            raise ValueError(f"load_reference_config: {path} is not a YAML file: {error}") from error
+            text = read_file(where, path, follow=True).decode()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{where}: no configuration file {path}") from None
+        try:
+            content = yaml.load(text, Loader=BoundedLoader)
+        except yaml.YAMLError as error:
+            lines = text.splitlines()
+            for i, line in enumerate(lines):
+                found = re.match(r"(\s+)(\w+)(:\s.*)", line)
+                if found and found[1] != "  ":
+                    lines[i] = f"  {found[2]}{found[3]}"
+                    note = f"line {i + 1}: indentation of {found[2]} corrected"
+                    corrected.append(Row(found[2], None, "corrected", note))
+            try:
+                content = yaml.load("\n".join(lines), Loader=BoundedLoader)
+            except yaml.YAMLError:
+                raise error from None
     if not isinstance(content, dict):
-        raise ValueError(f"load_reference_config: {path} must hold keys and values, got {content!r}")
+        raise ValueError(f"{where}: {path} must hold keys and values, got {shown(content)}")
     return content, corrected
 
 
