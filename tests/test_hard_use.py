@@ -337,7 +337,7 @@ def test_a_configuration_that_changes_under_a_run(tmp_path: Path) -> None:
         train(load_config(path), tmp_path / "run", resume=True, progress=False)
 
 
-@pytest.mark.parametrize("moment", ["config.yaml.tmp", "config.yaml"])
+@pytest.mark.parametrize("moment", [f".vamoh-{'0' * 16}.tmp", "config.yaml"])
 def test_killed_before_the_first_checkpoint(moment: str, tmp_path: Path) -> None:
     """What lies there of a run that has not begun is no obstacle."""
     write_data(tmp_path)

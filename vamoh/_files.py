@@ -59,7 +59,7 @@ def reading(where: str, path: str | os.PathLike[str], kind: str) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # a library's own, about what it read
+        if error.errno is None and not isinstance(error, FileNotFoundError):  # a library's own, about what it read
             raise ValueError(f"{where}: {path} is damaged or not {kind} ({reason(error)})") from error
         raise
     except Exception as error:

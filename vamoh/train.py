@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from vamoh import checkpoint
-from vamoh._checks import check_device, check_type
-from vamoh._files import check_path, writing
+from vamoh._checks import check_device, check_type, listed, reason, shown, unquoted
+from vamoh._files import check_path, write_json, writing
+from vamoh._lock import locked
 from vamoh._progress import Progress
-from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, differences, load_config, save_config
+from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, differences, load_run_config, save_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
 from vamoh.elbo import ElboTerms
@@ -118,7 +119,7 @@ def train(
     out, place = check_path("train", "out", out), check_device("train", device)
     with ExitStack() as stack:
         workers, place = stack.enter_context(join("train", place))
-        begun = workers.largest(bool(workers.by_main(lambda: _check_folder(out, config, resume))))
+        begun = workers.largest(bool(workers.by_main(lambda: _claim(stack, out, config, resume))))
         stack.enter_context(_threads(config.train.threads))
         board_class = _summary_writer() if config.train.tensorboard else None
         dataset = _open(config, workers)
@@ -225,15 +226,19 @@ class Trainer:
         state = checkpoint.load_training_state(run_folder)
         if "optimizer" not in state:
             raise ValueError(f"train: nothing to resume in {run_folder}: a converted model comes without an optimizer")
+        _check_state(run_folder, state)
         _check_config(run_folder, config_from_dict(state["config"]), config)
         lines = differences(state["data"], dataset.fingerprint())
         if lines:
             raise ValueError(
                 f"Trainer.resume: data set {dataset.name} must be the one the run in {run_folder} started with, "
-                f"got another: {'; '.join(lines)}"
+                f"got another: {listed(lines)}"
             )
         trainer = cls(config, dataset, device=device, model=checkpoint.load(run_folder, device), workers=workers)
-        trainer.optimizer.load_state_dict(apart(state["optimizer"], trainer.parameters))
+        moments = _moments(run_folder, state["optimizer"], trainer.parameters)
+        # Everything else that the optimizer knows follows from the configuration.
+        optimizer = {**trainer.optimizer.state_dict(), "state": moments}
+        trainer.optimizer.load_state_dict(apart(optimizer, trainer.parameters))
         trainer.steps_done, trainer.seconds = state["step"], state["seconds"]
         trainer._points.set_state(state["points"])
         trainer._noise.set_state(state["noise"])
@@ -475,10 +480,10 @@ class _Records:
 
     def __init__(self, trainer: Trainer, out: Path, board_class: Any) -> None:
         save_config(trainer.config, out / "config.yaml")
-        report = json.dumps(environment(trainer.device), indent=2)
-        with writing("train", out / "environment.json"):
-            (out / "environment.json").write_text(report + "\n", encoding="utf-8")
+        write_json("train", out / "environment.json", environment(trainer.device))
         self.log = RunLog(out / "metrics.jsonl", after_step=trainer.steps_done)
+        if (out / "tensorboard").is_symlink():
+            raise ValueError(f"train: {out / 'tensorboard'} must be a folder of the run, got a link")
         self.board = board_class(out / "tensorboard", purge_step=trainer.steps_done + 1) if board_class else None
 
     def __enter__(self) -> _Records:
@@ -557,20 +562,23 @@ def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) 
                 raise TrainingInterrupted(stop, step, out)
 
 
+def _claim(stack: ExitStack, out: Path, config: Config, resume: bool) -> bool:
+    """Lock the folder while the stack lasts; raise unless the run can begin or go on there; return which."""
+    _check_folder(out, config, resume)  # before a lock is left in a folder that is none of ours
+    stack.enter_context(locked("train", out))
+    return _check_folder(out, config, resume)
+
+
 def _check_folder(out: Path, config: Config, resume: bool) -> bool:
     """Raise unless a run can begin or go on here; return whether there is a checkpoint to go on from."""
     if not resume:
-        # A run that was killed at its very start leaves at most the unfinished file.
-        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"config.yaml.tmp"}):
-            raise FileExistsError(
-                f"train: out must be a new or empty folder, got {out}, which is in use; continue it with "
-                f"vamoh train --resume {out} or choose another"
-            )
+        advice = f"; continue it with vamoh train --resume {out} or choose another"
+        checkpoint.check_free("train", out, config, advice)
         return False
     begun = checkpoint.has_checkpoint(out)
     if not begun and not (out / "config.yaml").exists():
         raise FileNotFoundError(f"train: nothing to resume in {out}: no checkpoint in {out / 'checkpoint'}")
-    _check_config(out, load_config(out / "config.yaml"), config)
+    _check_config(out, load_run_config(out), config)
     return begun
 
 
@@ -579,9 +587,74 @@ def _check_config(out: str | os.PathLike[str], run: Config, config: Config) -> N
     lines = differences(config_to_dict(replace(run, train=freed)), config_to_dict(config))
     if lines:
         raise ValueError(
-            f"train: {out} was started with another configuration: {'; '.join(lines)} "
+            f"train: {out} was started with another configuration: {listed(lines)} "
             f"(on resume only train.{', '.join(_FREE)} may change)"
         )
+
+
+_STATE = {"seconds": float, "config": dict, "data": dict, "optimizer": dict, "points": Tensor, "noise": Tensor}
+
+
+def _check_state(run_folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Raise ValueError for a training state that holds something else than a trainer saves."""
+    lines = [f"{name} is missing" for name in _STATE if name not in state]
+    lines += [f"{unquoted(name)} is unknown" for name in state if name not in {*_STATE, "format", "step"}]
+    for name, kind in _STATE.items():
+        if name in state and type(state[name]) is not kind:
+            lines.append(f"{name} is {type(state[name]).__name__}, expected {kind.__name__}")
+    try:
+        if not lines:
+            json.dumps([state["config"], state["data"]])  # plain values, which can be compared
+            for name in ("points", "noise"):
+                generator = torch.Generator()
+                generator.set_state(_alike(name, state[name], generator.get_state()))
+            if not 0 <= state["seconds"] < math.inf:
+                lines.append(f"seconds is {state['seconds']}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        lines.append(reason(error))
+    if lines:
+        raise ValueError(f"Trainer.resume: the training state in {run_folder} is damaged: {listed(lines)}")
+
+
+def _moments(
+    run_folder: str | os.PathLike[str], state: Mapping[str, Any], parameters: Sequence[Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """What the optimizer remembers of each parameter, in fresh tensors; ValueError unless it fits the parameters.
+
+    The optimizer itself looks at nothing, and its kernels write as many numbers as a parameter has.
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+    lines = []
+    entries = state.get("state")
+    if not isinstance(entries, dict):
+        lines.append(f"its state is {shown(entries)}")
+        entries = {}
+    for index, entry in entries.items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
+            lines.append(f"entry {shown(index)} belongs to none of {len(parameters)} parameters")
+        elif entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            lines.append(f"entry {index} must have step, exp_avg and exp_avg_sq, got {shown([*entry])}")
+        else:
+            like = torch.empty(parameters[index].shape, dtype=parameters[index].dtype, device="meta")
+            wanted = {"step": torch.empty((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
+            try:
+                found[index] = {name: _alike(name, entry[name], wanted[name]) for name in wanted}
+            except ValueError as error:
+                lines.append(f"entry {index}: {error}")
+    if lines:
+        raise ValueError(f"Trainer.resume: the optimizer's state in {run_folder} does not fit: {listed(lines)}")
+    return found
+
+
+def _alike(name: str, value: object, wanted: Tensor) -> Tensor:
+    """A copy of a tensor in memory of its own; ValueError unless it is a plain one of the wanted shape and dtype."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError(f"{name} must be a tensor in memory, got {shown(value)}")
+    if value.shape != wanted.shape or value.dtype != wanted.dtype:
+        raise ValueError(
+            f"{name} must be {wanted.dtype} {list(wanted.shape)}, got {value.dtype} {shown(list(value.shape))}"
+        )
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value)
 
 
 def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:

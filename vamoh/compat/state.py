@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from vamoh import checkpoint
+from vamoh._files import reading, write_file
+from vamoh._lock import locked
+from vamoh._shown import listed, reason, shown, unquoted
 from vamoh.compat.config import Translation
 from vamoh.config import save_config
 from vamoh.gating import Gating
@@ -133,15 +137,15 @@ def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[Row, ...
         if name in used:
             continue
         if origin != name and origin in theirs:
-            if not torch.equal(theirs[name], theirs[origin]):
-                lines.append(f"{name} repeats {origin} but differs from it")
+            if _differs(theirs[name], theirs[origin]) or not torch.equal(theirs[name], theirs[origin]):
+                lines.append(f"{unquoted(name)} repeats {origin} but differs from it")
             rows.append(Row(name, "derived", f"repeats {origin}"))
         elif name.startswith((TEMPLATE, COPY)):
             rows.append(Row(name, "ignored", "a template whose weights are never used"))
         else:
-            lines.append(f"{name} is unknown")
+            lines.append(f"{unquoted(name)} is unknown")
     if lines:
-        raise ValueError(f"from_reference: the checkpoint does not fit the configuration: {'; '.join(lines)}")
+        raise ValueError(f"from_reference: the checkpoint does not fit the configuration: {listed(lines)}")
     if model.likelihood.op.kind != "logistic":
         rows.append(Row("", "derived", "likelihood.raw_scale, which this likelihood does not use"))
     model.load_state_dict(state)
@@ -197,26 +201,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     where = "read_checkpoint"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(where, path, "a checkpoint"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: no checkpoint {path}") from None
-    except UnpicklingError as error:
-        reason = " ".join(str(error).split())
+    except ValueError as error:
+        if not isinstance(error.__cause__, UnpicklingError):
+            raise
         raise ValueError(
             f"{where}: {path} must hold tensors and plain values alone; objects in it are not loaded, as they could "
-            f"run code ({reason[:300]})"
+            f"run code ({reason(error.__cause__)})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{where}: {path} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(content, Mapping) or not {"epoch", "model_state"} <= set(content):
         raise ValueError(f"{where}: {path} must hold epoch and model_state, as the published code saves them")
     state = content["model_state"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named:
         raise ValueError(f"{where}: model_state of {path} must map names to tensors")
-    if isinstance(content["epoch"], bool) or not isinstance(content["epoch"], int):
-        raise ValueError(f"{where}: epoch of {path} must be an int, got {content['epoch']!r}")
-    return dict(content)
+    epoch, priors = content["epoch"], content.get(_PRIORS, {})
+    if isinstance(epoch, bool) or not isinstance(epoch, int) or not -1 <= epoch < 1 << 31:
+        raise ValueError(f"{where}: epoch of {path} must be an int from -1 to 2^31 - 1, got {shown(epoch)}")
+    if not isinstance(priors, Mapping) or not all(isinstance(value, bool) for value in priors.values()):
+        raise ValueError(f"{where}: {_PRIORS} of {path} must map names to true or false, got {shown(priors)}")
+    return {str(key): value for key, value in content.items()}
 
 
 def convert(path: str | os.PathLike[str], translation: Translation, out: str | os.PathLike[str]) -> Conversion:
@@ -226,10 +233,9 @@ def convert(path: str | os.PathLike[str], translation: Translation, out: str | o
     Raises FileExistsError when `out` is in use, and as `read_checkpoint` and `from_reference`.
     """
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"convert: out must be a new or empty folder, got {folder}, which is in use")
-    content = read_checkpoint(path)
     config = translation.config
+    checkpoint.check_free("convert", folder, config)
+    content = read_checkpoint(path)
     model = checkpoint.new_model(config, translation.coord_dim, translation.channels)
     rows = from_reference(content["model_state"], model)
     others = sorted({*content} - {"epoch", "model_state", _PRIORS})
@@ -238,9 +244,10 @@ def convert(path: str | os.PathLike[str], translation: Translation, out: str | o
     priors = content.get(_PRIORS, {})
     model.use_flow = priors.get("use_flow", epoch >= translation.flow_warmup)
     model.use_gating_prior = priors.get("use_gating_prior", epoch >= translation.gating_warmup)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    checkpoint.save(folder, model, config, (epoch + 1) * translation.steps_per_epoch, {})
+    with locked("convert", folder):
+        checkpoint.check_free("convert", folder, config)
+        save_config(config, folder / "config.yaml")
+        checkpoint.save(folder, model, config, (epoch + 1) * translation.steps_per_epoch, {})
     return Conversion(model, epoch, rows)
 
 
@@ -256,7 +263,9 @@ def save_reference(model: VaMoH, path: str | os.PathLike[str]) -> None:
     state = to_reference(model)
     file.parent.mkdir(parents=True, exist_ok=True)
     priors = {"use_flow": model.use_flow, "use_gating_prior": model.use_gating_prior}
-    torch.save({"epoch": 0, "model_state": state, _PRIORS: priors}, file)
+    content = BytesIO()  # torch.save does not tell what the disk said
+    torch.save({"epoch": 0, "model_state": state, _PRIORS: priors}, content)
+    write_file("save_reference", file, content.getbuffer(), new=True)
 
 
 def _same(ours: str, theirs: str) -> Entry:
@@ -293,4 +302,6 @@ def _differs(found: Tensor | None, wanted: Tensor) -> str:
         return "is missing"
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return f"is {found.dtype} {list(found.shape)}, expected {wanted.dtype} {list(wanted.shape)}"
+    if found.layout != torch.strided or found.device != wanted.device:
+        return f"is {found.layout} on {found.device}, expected {wanted.layout} on {wanted.device}"
     return ""
