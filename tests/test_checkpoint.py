@@ -293,6 +293,17 @@ def test_another_format(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
+def test_keys_that_an_older_version_did_not_know(tmp_path: Path) -> None:
+    model = write(tmp_path)
+    with safe_open(weights(tmp_path), "pt") as file:  # type: ignore[no-untyped-call]
+        metadata = file.metadata()
+    known = json.loads(metadata["model"])
+    del known["coord_offset"], known["coord_scale"]
+    save_file(load_file(weights(tmp_path)), weights(tmp_path), {**metadata, "model": json.dumps(known)})
+    seal(tmp_path)
+    assert same(checkpoint.load(tmp_path), model)
+
+
 def test_a_checkpoint_of_another_configuration_names_the_keys(tmp_path: Path) -> None:
     write(tmp_path)
     other = replace(CONFIG, model=replace(CONFIG.model, components=3, inr_slope=0.2))

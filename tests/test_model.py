@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -479,7 +480,7 @@ def test_reconstruction_mixes_the_components():
         best = pi.argmax(1)[:, None, :, None]
         torch.testing.assert_close(result.mean_map, means.take_along_dim(best, 1)[:, 0])
         assert torch.equal(result.segmentation, pi.argmax(1))
-        assert not result.mean.requires_grad
+    assert not model.reconstruct(points, z=z).mean.requires_grad
     other = model.reconstruct(points, z=z + 1)
     assert not torch.allclose(other.mean, model.reconstruct(points).mean)
 
@@ -589,6 +590,8 @@ CHANGES: dict[str, Any] = {
     "frequencies": 5,
     "frequency_scale": 0.7,
     "learn_frequencies": True,
+    "coord_offset": {"coord_offset": (0.5, 0.0), "coord_scale": (2.0, 1.0)},
+    "coord_scale": {"coord_offset": (0.0, 0.0), "coord_scale": (2.0, 1.0)},
     "encoder_centroids": (9, 5),
     "encoder_neighbors": (5, 3),
     "encoder_channels": (3, 5),
@@ -690,6 +693,16 @@ def test_compiled_equals_eager(how):
         ({"kl_samples": 0}, ValueError, "VaMoH: kl_samples must be at least 1, got 0"),
         ({"frequencies": -1}, ValueError, "VaMoH: frequencies must be at least 1, got -1"),
         ({"frequencies": 2.5}, TypeError, "VaMoH: frequencies must be an int, got 2.5"),
+        (
+            {"coord_offset": (0.0, 1.0)},
+            ValueError,
+            r"VaMoH: coord_offset and coord_scale must list 2 numbers or none, got \[0.0, 1.0\] and \[\]",
+        ),
+        (
+            {"coord_offset": (0.0, 1.0), "coord_scale": (1.0, 0.0)},
+            ValueError,
+            "VaMoH: coord_scale must be positive, got",
+        ),
         (
             {"encoder_centroids": ()},
             ValueError,
@@ -984,3 +997,83 @@ def test_decode_without_pi_has_gradients():
     result = build().decode(z, grid().coords, with_pi=False)
     result.mean.sum().backward()
     assert result.pi.shape == (2, 0, 3) and z.grad.abs().min() > 0
+
+
+UNITS = [((127.5, 127.5), (127.5, 127.5)), ((4.5e6, -20.0), (250.0, 250.0)), ((0.0, 3e-7), (8.0, 1e-6))]
+
+
+@pytest.mark.parametrize(("offset", "scale"), UNITS)
+@pytest.mark.parametrize("change", [{}, {"frequencies": 0}, {"neighbor_metric": "raw"}])
+def test_coordinates_of_any_units(offset, scale, change):
+    """What a model makes of points does not depend on the units of its domain."""
+    points, noise = grid(shape=(5, 5)), Noise(torch.randn(3, 3).double(), CounterNoise(torch.tensor(5), 3))
+
+    def units(x: Tensor) -> Tensor:
+        return x * torch.tensor(scale).double() + torch.tensor(offset).double()
+
+    wanted, own = (build(**change) for _ in range(2))
+    own.set_domain(units(points.coords))
+    there = PointSet(units(points.coords), points.values)
+    z, finer = torch.randn(3, 3).double(), grid_coords((5, 5), scale=2, dtype=torch.float64)
+    with torch.no_grad():
+        for name, value in vars(wanted.elbo(points, noise=noise)).items():
+            torch.testing.assert_close(vars(own.elbo(there, noise=noise))[name], value, rtol=1e-6, atol=1e-6)
+        for a, b in (
+            (own.encode(there).mean, wanted.encode(points).mean),
+            (own.reconstruct(there, units(finer)).mean, wanted.reconstruct(points, finer).mean),
+            (own.decode(z, units(finer)).pi, wanted.decode(z, finer).pi),
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_domain_is_part_of_the_state():
+    points = grid()
+    there = PointSet(points.coords * 100 + 50, points.values)
+    model, other = build(), build()
+    model.set_domain(there.coords)
+    other.load_state_dict(model.state_dict())
+    assert other.domain == model.domain != ((), ())
+    assert torch.equal(other.encode(there).mean, model.encode(there).mean)
+    again = copy.deepcopy(model)
+    assert torch.equal(again.encode(there).mean, model.encode(there).mean)
+    given = build(coord_offset=model.domain[0], coord_scale=model.domain[1])
+    assert torch.equal(given.encode(there).mean, model.encode(there).mean)
+
+
+def test_a_new_domain_is_searched_anew():
+    """Neighbours, features and opposite points are remembered by coordinates and domain."""
+    points = grid()
+    model, fresh = build(), build()
+    model.encode(points), model.reconstruct(points)
+    stretched = torch.cat([points.coords, points.coords * torch.tensor([1.0, 30.0])])
+    for m in (model, fresh):
+        m.set_domain(stretched)
+    torch.testing.assert_close(model.encode(points).mean, fresh.encode(points).mean, rtol=0, atol=0)
+    torch.testing.assert_close(model.reconstruct(points).mean, fresh.reconstruct(points).mean, rtol=0, atol=0)
+
+
+def test_gradients_are_in_the_units_of_the_coordinates():
+    model, z = build(coord_offset=(50.0, 0.0), coord_scale=(100.0, 2.0)), torch.zeros(1, 3).double()
+    coords = (torch.rand(5, 2).double() * torch.tensor([100.0, 2.0])).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: model.decode(z, x).mean, (coords,), eps=1e-5)
+
+
+def test_sampling_that_cannot_work_is_told_once():
+    fine, values = grid_coords((12, 12), dtype=torch.float64), torch.rand(2, 144, 1).double()
+    for coords, message in (
+        (fine * 100, r"coordinates must be near \[-1, 1\], got them up to 100 from 0; call set_domain"),
+        (fine * 0.01, r"coordinates must span a good part of \[-1, 1\], got 0.02 in all; call set_domain"),
+        (fine * 20, r"neighbours 3.64 apart show frequencies up to 0.14 cycles per unit, .* call set_domain"),
+    ):
+        model = build()
+        with pytest.warns(UserWarning, match=message):
+            model.elbo(PointSet(coords, values))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.elbo(PointSet(coords + 1, values))  # the model has been told
+            fit = build()
+            fit.set_domain(coords)
+            fit.elbo(PointSet(coords, values))
+            build().eval().encode(PointSet(coords, values))
+    with pytest.warns(UserWarning, match="take a frequency_scale of at most .*, or more points"):
+        build(frequency_scale=9.0).elbo(PointSet(fine, values))

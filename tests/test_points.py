@@ -15,9 +15,11 @@ from vamoh.points import (
     PointSet,
     antipodes,
     collate,
+    domain,
     grid_coords,
     grid_shape,
     lattice,
+    observed_coords,
     sphere_coords,
     sphere_grid,
     sphere_grid_shape,
@@ -377,3 +379,35 @@ def test_collate_refuses():
     for functions, error, message in cases:
         with pytest.raises(error, match=message):
             collate(functions)
+
+
+def test_domain():
+    coords = torch.tensor([[0.0, 10.0], [4.0, 10.0], [2.0, 13.0]])
+    assert domain(coords) == ((2.0, 11.5), (2.0, 2.0))
+    assert domain(coords * torch.tensor([1.0, 100.0])) == ((2.0, 1150.0), (2.0, 150.0))  # of other units
+    assert domain(coords * torch.tensor([1.0, 0.0])) == ((2.0, 0.0), (2.0, 2.0))  # an axis of one value
+    assert domain(coords[:1]) == ((0.0, 10.0), (1.0, 1.0))
+    with pytest.raises(ValueError, match="^domain: coords must hold at least one point, got none"):
+        domain(coords[:0])
+    with pytest.raises(ValueError, match="^domain: coords must be finite"):
+        domain(coords / 0)
+
+
+def test_observed_coords():
+    coords = torch.arange(12.0).view(2, 3, 2)
+    one, own = torch.tensor([True, False, True]), torch.tensor([[True, False, False], [False, False, True]])
+    assert torch.equal(observed_coords(coords, None), coords.view(6, 2))
+    assert torch.equal(observed_coords(coords, one), coords[:, [0, 2]].reshape(4, 2))
+    assert torch.equal(observed_coords(coords, own), torch.stack([coords[0, 0], coords[1, 2]]))
+    assert torch.equal(observed_coords(coords[0], own), coords[0, [0, 2]])
+    assert torch.equal(observed_coords(coords[0], one), coords[0, [0, 2]])
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=12), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
+def test_domain_spans_the_unit_interval(numbers, stretch, shift):
+    coords = torch.tensor(numbers[: len(numbers) // 2 * 2], dtype=torch.float64).view(-1, 2) * stretch + shift
+    offset, scale = (torch.tensor(part, dtype=torch.float64) for part in domain(coords))
+    size = coords.abs().max()
+    assert ((coords - offset).abs().amax(0) <= scale + 1e-6 * size).all()
+    extent = (coords.amax(0) - coords.amin(0)) / 2
+    assert scale.max() <= max(1.0, float(extent.max()) * (1 + 1e-6)) and scale.min() > 0

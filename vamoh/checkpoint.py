@@ -115,7 +115,9 @@ def load(run_folder: str | os.PathLike[str], device: str | torch.device = "cpu")
     path, content = _read(run_folder, "model.safetensors")
     config = load_run_config(run_folder)
     metadata, tensors = _parse_model(path, content)
-    stored, wanted = metadata["model"], config_to_dict(config)["model"]
+    # What an older version did not know has its default.
+    stored = {**config_to_dict(Config())["model"], **metadata["model"]}
+    wanted = config_to_dict(config)["model"]
     if stored != wanted:
         lines = listed(differences(stored, wanted, "model."))
         raise ValueError(f"checkpoint.load: {path} is of another configuration than config.yaml: {lines}")

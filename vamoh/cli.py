@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -219,10 +221,25 @@ def _run(name: str, options: dict[str, Any]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from vamoh import commands
 
-    text = getattr(commands, name)(**options)
+    with _messages():
+        text = getattr(commands, name)(**options)
     if text:
         print(text)
     return 0
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Show what the library logs, on stderr."""
+    log, handler = logging.getLogger("vamoh"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _parse_train(args: list[str]) -> dict[str, Any]:

@@ -55,6 +55,10 @@ class ModelConfig:
     """widths of the weight net of every convolution"""
     weight_net_slope: float | None = None
     """LeakyReLU slope of the weight net; None: affine, as in the published code"""
+    coord_offset: tuple[float, ...] = ()
+    """what is taken from the coordinates; none: nothing, but training measures bare points of other units"""
+    coord_scale: tuple[float, ...] = ()
+    """what they are then divided by, along every axis"""
     neighbor_metric: Literal["encoded", "raw"] = "encoded"
     """coordinates in which neighbours are near"""
     prior: Literal["normal", "flow"] = "flow"
@@ -110,6 +114,9 @@ class ModelConfig:
             _check("model", self, name, all(n >= 1 for n in getattr(self, name)), "a list of ints of at least 1")
         for name in ("encoder_centroids", "weight_net"):
             _check("model", self, name, len(getattr(self, name)) >= 1, "a list of at least one int")
+        _check("model", self, "coord_scale", all(s > 0 for s in self.coord_scale), "a list of numbers above 0")
+        wanted = f"as long as model.coord_offset ({len(self.coord_offset)})"
+        _check("model", self, "coord_scale", len(self.coord_scale) == len(self.coord_offset), wanted)
         layers = len(self.encoder_centroids)
         for name in ("encoder_neighbors", "encoder_channels"):
             wanted = f"as long as model.encoder_centroids ({layers})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from vamoh.ops import CounterNoise
 from vamoh.ops._noise import check_noise, counter_noise_reference
 from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
-from vamoh.points import PointSet, upload
+from vamoh.points import PointSet, domain, observed_coords, upload
 
 Neighborhoods = tuple[Neighborhood, ...]
 
@@ -72,6 +73,8 @@ class VaMoH(nn.Module):
     pool_centroids, pool_neighbors: average pooling after the first convolutions, one per entry.
     weight_net, weight_net_slope: widths of the weight net; LeakyReLU slope between its layers, None for an affine map
                             (the published code).
+    coord_offset, coord_scale: coordinates of other units than [-1, 1] are normalised to (coords - offset) / scale; D
+                            numbers each, or none. `set_domain` measures them.
     neighbor_metric:        "encoded" (published code) or "raw": the coordinates in which neighbours are nearest.
     prior, flow_layers:     "flow" (planar, T layers) or "normal".
     hypernet_widths, inr_widths: hidden widths of the K hypernetworks and of the coordinate networks they make.
@@ -100,6 +103,8 @@ class VaMoH(nn.Module):
         frequencies: int = 128,
         frequency_scale: float = 2.0,
         learn_frequencies: bool = False,
+        coord_offset: Sequence[float] = (),
+        coord_scale: Sequence[float] = (),
         encoder_centroids: Sequence[int] = (196, 49, 25),
         encoder_neighbors: Sequence[int] = (9, 9, 9),
         encoder_channels: Sequence[int] = (32, 32, 32),
@@ -158,6 +163,17 @@ class VaMoH(nn.Module):
         }
         for name, entries in widths.items():
             check_sizes("VaMoH", name, entries, "width")
+        for name, given in (("coord_offset", coord_offset), ("coord_scale", coord_scale)):
+            check_type("VaMoH", name, given, list, tuple)
+            if len(given) not in (0, coord_dim) or len(given) != len(coord_offset):
+                got = f"{list(coord_offset)} and {list(coord_scale)}"
+                raise ValueError(
+                    f"VaMoH: coord_offset and coord_scale must list {coord_dim} numbers or none, got {got}"
+                )
+            for entry in given:
+                check_number("VaMoH", name, entry)
+        if min(coord_scale, default=1) <= 0:
+            raise ValueError(f"VaMoH: coord_scale must be positive, got {coord_scale}")
         for name, entries in {
             "encoder_centroids": encoder_centroids,
             "encoder_neighbors": encoder_neighbors,
@@ -181,6 +197,8 @@ class VaMoH(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
             self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies)
+            if len(coord_offset):
+                self.encoding.set_domain(torch.tensor(coord_offset), torch.tensor(coord_scale))
             encoded = self.encoding.out_dim
             self.encoder = Encoder(
                 encoded, channels, latent_dim, stages, weight_net, weight_net_slope, published=not stable
@@ -204,11 +222,23 @@ class VaMoH(nn.Module):
         )
         self._standard_normal = NormalPrior()
         self._neighborhoods: ContentCache[Neighborhoods] = ContentCache()
+        self._looked = False
 
     @property
     def min_points(self) -> int:
         """Fewest observed points per function that the encoder accepts."""
         return self.encoder.min_points
+
+    @torch.no_grad()
+    def set_domain(self, coords: Tensor, mask: Tensor | None = None) -> None:
+        """Normalise coordinates of any units from now on, such that these, of training data, lie within [-1, 1].
+
+        coords and mask as in a `PointSet`; `vamoh.points.domain` says by what offset and scale. They become part of the
+        model's state. Coordinates are given in their own units everywhere, and gradients to them have these units too.
+        """
+        self._check_coords("set_domain", coords, coords.shape[0])
+        offset, scale = domain(observed_coords(coords, mask))
+        self.encoding.set_domain(torch.tensor(offset), torch.tensor(scale))
 
     def prepare(self, points: PointSet, *, again: bool = True) -> PointSet:
         """Copy points from host memory to the model's device; nothing waits for a GPU's copy, or looks at it later.
@@ -223,6 +253,7 @@ class VaMoH(nn.Module):
             return points
         points.value_range()
         points.observed()
+        self._look_at_sampling(points.coords, points.mask)
         own = points.coords.dim() == 3
         coords, mask = self.encoding.copied(points.coords, points.mask if own else None, again)
         if not own and points.mask is not None:
@@ -401,6 +432,22 @@ class VaMoH(nn.Module):
         seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else z.device)
         return Noise(z, CounterNoise(upload(seed, z.device), self.kl_samples))
 
+    def _look_at_sampling(self, coords: Tensor, mask: Tensor | None) -> None:
+        """Once in training, for coords [N, D] or [B, N, D] in host memory: warn of units that cannot work."""
+        if self._looked or not self.training or coords.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        self._looked = True
+        one = coords if coords.dim() == 2 else coords[0]
+        problem = self.encoding.problem(observed_coords(one, mask if mask is None or mask.dim() == 1 else mask[0]))
+        if problem:
+            warnings.warn(f"VaMoH: {problem}", stacklevel=2)
+
+    @property
+    def domain(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Offset and scale of the coordinates; () and () where they are taken as they are."""
+        offset, scale = self.encoding.offset, self.encoding.scale
+        return () if offset is None else tuple(offset.tolist()), () if scale is None else tuple(scale.tolist())
+
     @property
     def _prior_z(self) -> NormalPrior | FlowPrior:
         return self.prior if self.use_flow else self._standard_normal
@@ -418,6 +465,7 @@ class VaMoH(nn.Module):
             metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
             coords = points.coords if points.coords.dim() == 3 else points.coords[None]
             sizes = [size for stage in self.encoder.stages for size in stage[:2]]
+            coords = self.encoding.normalized(coords)
             pairs = neighborhoods_in_graph(coords.detach(), None if metric is None else metric.detach(), sizes)
             return tuple(Neighborhood(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
         found: Neighborhoods = self._remembered_neighborhoods(points)
@@ -426,13 +474,16 @@ class VaMoH(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _remembered_neighborhoods(self, points: PointSet) -> Neighborhoods:
         metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
-        return self._neighborhoods.get((points.coords, points.mask, metric), lambda: self._search_neighborhoods(points))
+        key = (points.coords, points.mask, metric, self.encoding.offset, self.encoding.scale)
+        return self._neighborhoods.get(key, lambda: self._search_neighborhoods(points))
 
     @torch.no_grad()
     def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
+        self._look_at_sampling(points.coords, points.mask)
         encoding = self.encoding if self.neighbor_metric == "encoded" else None
         observed = None if points.mask is None else points.observed()
-        return _search(points.coords, points.mask, observed, encoding, self.encoder)
+        coords = self.encoding.normalized(points.coords) if encoding is None else points.coords
+        return _search(coords, points.mask, observed, encoding, self.encoder)
 
     def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
         """q(z) and the encoded coordinates of compacted points."""

@@ -283,6 +283,37 @@ def collate(functions: Sequence[PointSet | Sequence[Tensor | None]]) -> PointSet
     return batch._with(first, batch.values, batch.mask) if shared else batch
 
 
+def observed_coords(coords: Tensor, mask: Tensor | None) -> Tensor:
+    """Coordinates [M, D] of all points that some function observes; coords and mask as in a `PointSet`."""
+    if mask is None:
+        return coords.reshape(-1, coords.shape[-1])
+    if coords.dim() == 2:
+        return coords[mask if mask.dim() == 1 else mask.any(0)]
+    return coords[:, mask].flatten(0, 1) if mask.dim() == 1 else coords[mask]
+
+
+def domain(coords: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Offset and scale [D] with which (coords - offset) / scale has its middle at 0 and reaches 1 on its longest axis.
+
+    coords [N, D]. One scale keeps angles and the shape of neighbourhoods. Only where some axis is less than a tenth of
+    the longest, so that their units have nothing to do with each other, each has its own. An axis of one value takes
+    the scale of the longest. Both are numbers that float32 holds. Raises ValueError for no points or infinite ones.
+    """
+    check_tensor("domain", "coords", coords, ["N", None], dtypes=FLOATING)
+    if not len(coords):
+        raise ValueError("domain: coords must hold at least one point, got none")
+    check_finite("domain", "coords", coords)
+    low, high = (bound.double() for bound in coords.aminmax(dim=0))
+    middle, reach = (((high + sign * low) / 2).float().tolist() for sign in (1, -1))
+    longest = max(reach) or 1.0
+    apart = min((r for r in reach if r > 0), default=longest) < _OWN_SCALE * longest
+    return tuple(middle), tuple(r if apart and r > 0 else longest for r in reach)
+
+
+_OWN_SCALE = 0.1
+"""Share of the longest axis below which axes have a scale of their own."""
+
+
 def _fresh(found: tuple[int | None, object] | None, value: Tensor) -> bool:
     """Whether what was found holds: the tensor was not written to since."""
     return found is not None and found[0] is not None and found[0] == version(value)

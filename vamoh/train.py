@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -31,7 +32,7 @@ from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread,
 from vamoh.elbo import ElboTerms
 from vamoh.metrics import psnr
 from vamoh.model import VaMoH
-from vamoh.points import PointSet
+from vamoh.points import PointSet, domain, observed_coords
 from vamoh.runlog import RunLog, environment
 
 # What may change between a run and its continuation: nothing that alters the steps themselves.
@@ -48,6 +49,8 @@ _FREE = (
 _ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
 # An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
 _MAX_PSNR = 150.0
+_LEAST_SCALE = 0.25
+"""Bare points that span less of [-1, 1] are of other units."""
 _MOST_UNREAD = 1000
 """Updates on a GPU after which somebody looks at their terms."""
 
@@ -127,6 +130,12 @@ def train(
             trainer = Trainer.resume(config, dataset, out, device=place, workers=workers)
         else:
             trainer = Trainer(config, dataset, device=place, workers=workers)
+            if workers.main and trainer.config.model != config.model:
+                offset, scale = (", ".join(f"{v:g}" for v in values) for values in trainer.model.domain)
+                logging.getLogger(__name__).info(
+                    "train: coordinates of %s are normalised, minus (%s) and over (%s); all else keeps their units",
+                    *(dataset.name, offset, scale),
+                )
             trainer.save(out)
         records = workers.by_main(lambda: stack.enter_context(_Records(trainer, out, board_class)))
         try:
@@ -165,11 +174,15 @@ class Trainer:
         check_type("Trainer", "config", config, Config)
         check_type("Trainer", "dataset", dataset, Dataset)
         check_type("Trainer", "model", model, VaMoH, type(None))
-        self.config, self.dataset, self.workers = config, dataset, workers
+        self.dataset, self.workers = dataset, workers
         self.device = check_device("Trainer", device)
         coord_dim, channels = dataset.coord_dim, dataset.channels
         if model is None:
+            config = _with_domain(config, dataset)
             model = checkpoint.new_model(config, coord_dim, channels)
+        elif not config.model.coord_offset:
+            config = _of_domain(config, *model.domain)
+        self.config = config
         if (model.coord_dim, model.channels) != (coord_dim, channels):
             raise ValueError(
                 f"Trainer: data set {dataset.name} must have {model.coord_dim} coordinate dimensions and "
@@ -583,6 +596,8 @@ def _check_folder(out: Path, config: Config, resume: bool) -> bool:
 
 
 def _check_config(out: str | os.PathLike[str], run: Config, config: Config) -> None:
+    if not config.model.coord_offset:  # measured when the run began
+        config = _of_domain(config, run.model.coord_offset, run.model.coord_scale)
     freed = replace(run.train, **{name: getattr(config.train, name) for name in _FREE})
     lines = differences(config_to_dict(replace(run, train=freed)), config_to_dict(config))
     if lines:
@@ -655,6 +670,25 @@ def _alike(name: str, value: object, wanted: Tensor) -> Tensor:
             f"{name} must be {wanted.dtype} {list(wanted.shape)}, got {value.dtype} {shown(list(value.shape))}"
         )
     return torch.empty(value.shape, dtype=value.dtype).copy_(value)
+
+
+def _with_domain(config: Config, dataset: Dataset) -> Config:
+    """`config` with offset and scale of the data's coordinates, if it has none and they are bare points of other units.
+
+    Points in [-1, 1] that span a good part of it, and on the unit sphere, stay as they are, as do grids.
+    """
+    if config.model.coord_offset or dataset.kind != "points":
+        return config
+    coords = observed_coords(dataset.coords, dataset.mask)
+    offset, scale = domain(coords)
+    on_sphere = dataset.coord_dim == 3 and bool((coords.square().sum(-1) - 1).abs().max() < 1e-4)
+    if on_sphere or (bool((coords.abs() <= 1).all()) and max(scale) >= _LEAST_SCALE):
+        return config
+    return _of_domain(config, offset, scale)
+
+
+def _of_domain(config: Config, offset: tuple[float, ...], scale: tuple[float, ...]) -> Config:
+    return replace(config, model=replace(config.model, coord_offset=offset, coord_scale=scale))
 
 
 def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:

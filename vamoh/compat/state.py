@@ -161,6 +161,7 @@ def to_reference(model: VaMoH) -> dict[str, Tensor]:
     fixed: dict[str, tuple[object, object]] = {
         "weight_net_slope": (model.encoder.convs[0].slope, None),
         "neighbor_metric": (model.neighbor_metric, "encoded"),
+        "coord_scale": (list(model.domain[1]), []),
         "gating_bound": ("tanh" if model.gating_prior.bounded else "none", "tanh"),
     }
     if logistic.kind == "logistic":
