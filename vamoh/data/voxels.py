@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from vamoh.data.dataset import Dataset, grid_dataset, random_splits
-from vamoh.data.files import Arrays, list_files, read_array, read_bundled
+from vamoh.data.files import Array, Arrays, list_files, read_bundled, reading, stored_arrays
 
 SUFFIXES = (".binvox", ".npy", ".npz")
 
@@ -46,23 +45,26 @@ def voxel_files(path: str) -> Dataset:
         if grids.ndim != 4:
             raise ValueError(f"{files[0]}: a single file must hold grids [n, D, H, W], got shape {list(grids.shape)}")
         return grid_dataset(where, grids[..., None])
-    read = [_read_grid(file) for file in files]
-    for file, grid in zip(files, read, strict=True):
+    first = _read_grid(files[0])
+    grids = np.empty((len(files), *first.shape), np.uint8)
+    for i, file in enumerate(files):
+        grid = _read_grid(file)
         if grid.ndim != 3:
             raise ValueError(f"{file}: each of several files must hold one grid [D, H, W], got {list(grid.shape)}")
-        if grid.shape != read[0].shape:
-            raise ValueError(f"{file}: grid must be {list(read[0].shape)} like {files[0].name}, got {list(grid.shape)}")
-    return grid_dataset(where, np.stack(read)[..., None])
+        if grid.shape != first.shape:
+            raise ValueError(f"{file}: grid must be {list(first.shape)} like {files[0].name}, got {list(grid.shape)}")
+        grids[i] = grid
+    return grid_dataset(where, grids[..., None])
 
 
-def _unpack(file: Arrays) -> np.ndarray[Any, Any]:
+def _unpack(file: Arrays) -> Array:
     """Unpack the bits of a bundled file to grids [n, D, H, W, 1] uint8 of 0 and 255."""
     shape = tuple(file["shape"])
     bits = np.unpackbits(file["vox"], count=int(np.prod(shape)))
     return bits.reshape(*shape, 1) * np.uint8(255)
 
 
-def _groups(grids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _groups(grids: Array) -> Array:
     """Number the groups of grids that are linked by an intersection over union above 0.9, in order of appearance."""
     occupied = grids.reshape(len(grids), -1).astype(np.float32) / 255
     common = occupied @ occupied.T
@@ -76,24 +78,44 @@ def _groups(grids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         group = smallest
 
 
-def _read_grid(path: Path) -> np.ndarray[Any, Any]:
+def _read_grid(path: Path) -> Array:
     """Read occupancy as uint8 of 0 and 255."""
-    grid = _read_binvox(path) if path.suffix.lower() == ".binvox" else read_array(path)
-    if grid.dtype.kind not in "biuf" or not ((grid == 0) | (grid == 1)).all():
-        raise ValueError(f"{path}: voxels must be bool or numbers that are 0 or 1, got other values ({grid.dtype})")
-    return np.where(grid != 0, np.uint8(255), np.uint8(0))
+    if path.suffix.lower() == ".binvox":
+        return _read_binvox(path)
+    arrays = stored_arrays(path)
+    if len(arrays) != 1:
+        raise ValueError(f"{path}: must hold one array, got {len(arrays)} ({', '.join(sorted(arrays))[:120]})")
+    stored = next(iter(arrays.values()))
+    if stored.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: voxels must be bool or numbers that are 0 or 1, got {stored.dtype}")
+    if 0 in stored.shape:
+        raise ValueError(f"{path}: grid must have no size 0, got shape {list(stored.shape)}")
+    grid = np.empty(stored.shape, np.uint8)
+    for where, block in stored.blocks():
+        other = block[(block != 0) & (block != 1)]
+        if other.size:
+            raise ValueError(f"{path}: voxels must be bool or numbers that are 0 or 1, got {other.flat[0]}")
+        grid[where] = np.where(block != 0, np.uint8(255), np.uint8(0))
+    return grid
 
 
-def _read_binvox(path: Path) -> np.ndarray[Any, Any]:
-    """Read a run-length coded .binvox file, stored x-slowest and y-fastest, as [x, y, z]."""
-    try:
+def _read_binvox(path: Path) -> Array:
+    """Read a run-length coded .binvox file, stored x-slowest and y-fastest, as [x, y, z] uint8 of 0 and 255."""
+    with reading(path, ".binvox file"):
         header, data = path.read_bytes().split(b"\ndata\n", 1)
         lines = header.decode("ascii").splitlines()
-        sizes = next(line.split()[1:] for line in lines if line.startswith("dim "))
-        x, z, y = (int(size) for size in sizes)
+        if lines[0].split() != ["#binvox", "1"]:
+            raise ValueError(f"a first line {lines[0]!r:.40} instead of '#binvox 1'")
+        sizes = [line.split()[1:] for line in lines if line.split()[:1] == ["dim"]]
+        if len(sizes) != 1:
+            raise ValueError(f"{len(sizes)} lines that tell the dimensions")
+        x, z, y = (int(size) for size in sizes[0])
+        if min(x, y, z) < 1:
+            raise ValueError(f"dimensions {x} {z} {y}")
         value, run = np.frombuffer(data, np.uint8).reshape(-1, 2).T
-        if not lines[0].startswith("#binvox") or int(run.sum(dtype=np.int64)) != x * y * z:
+        if int(run.sum(dtype=np.int64)) != x * y * z:
             raise ValueError(f"{run.sum(dtype=np.int64)} voxels where the header says {x * y * z}")
-    except (OSError, ValueError, StopIteration) as error:
-        raise ValueError(f"{path}: must be a readable .binvox file, got {type(error).__name__}: {error}") from error
-    return np.repeat(value, run).reshape(x, z, y).transpose(0, 2, 1)
+        if value.size and value.max() > 1:
+            raise ValueError(f"a voxel of {value.max()}, where 0 and 1 are known")
+        grid: Array = np.repeat(value * np.uint8(255), run).reshape(x, z, y).transpose(0, 2, 1)
+    return grid

@@ -1,0 +1,349 @@
+"""Files of named variables with dimensions and attributes, and what the CF conventions say about their numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from vamoh.data import netcdf_process
+from vamoh.data.files import Array, check_packed, reading
+
+_NORTH = {"degrees_north", "degree_north", "degree_n", "degrees_n", "degreen", "degreesn"}
+_EAST = {"degrees_east", "degree_east", "degree_e", "degrees_e", "degreee", "degreese"}
+_DEGREES = {"degrees", "degree", "deg", "radians", "radian", "rad"}
+_LATITUDES = {"lat", "lats", "latitude", "latitudes", "nav_lat", "xlat"}
+_LONGITUDES = {"lon", "lons", "long", "longitude", "longitudes", "nav_lon", "xlong"}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of a file. dtype: None unless it holds numbers. attributes: text, numbers, or lists of them."""
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] | None
+    attributes: Mapping[str, Any]
+
+
+class FieldFile(Protocol):
+    """An open file: its variables by name, and their numbers as stored."""
+
+    variables: dict[str, Variable]
+
+    def read(self, name: str, slices: Sequence[slice]) -> Array:
+        """Stored numbers of a variable, one slice with start and stop for each of its dimensions."""
+
+
+class NetcdfFile:
+    """A NetCDF file, read by a process of its own, which a damaged file may stop or fill without harm.
+
+    Raises ImportError without the netCDF4 package, ValueError naming the file when it cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._lock = path, threading.Lock()
+        if not _installed("netCDF4"):
+            raise ImportError('netcdf: reading NetCDF needs the netCDF4 package: pip install "vamoh[netcdf]"')
+        with reading(path, "NetCDF file"), Path(path).open("rb") as file:
+            file.read(1)
+            size = os.fstat(file.fileno()).st_size
+        self._process = subprocess.Popen(
+            [sys.executable, netcdf_process.__file__, os.path.abspath(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        )
+        answer, _ = self._answer()
+        self.variables = {}
+        for entry in answer["variables"]:
+            dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
+            variable = Variable(entry["name"], tuple(entry["dims"]), tuple(entry["shape"]), dtype, entry["attributes"])
+            self.variables[variable.name] = variable
+        self._size = size
+
+    def read(self, name: str, slices: Sequence[slice]) -> Array:
+        """Stored numbers of a variable."""
+        variable = self.variables[name]
+        if variable.dtype is not None:
+            with reading(self._path, "NetCDF file"):
+                check_packed(self._path, variable.dtype.itemsize * _product(variable.shape), self._size)
+        request = {"name": name, "slices": [[part.start, part.stop] for part in slices]}
+        with self._lock:
+            with suppress(BrokenPipeError):
+                _pipe(self._process.stdin).write(json.dumps(request).encode() + b"\n")
+                _pipe(self._process.stdin).flush()
+            answer, content = self._answer()
+        values = np.frombuffer(content, np.dtype(answer["dtype"])).reshape(answer["shape"])
+        if values.shape != tuple(part.stop - part.start for part in slices):
+            raise ValueError(f"{self._path}: must be a readable NetCDF file, got {list(values.shape)} values of {name}")
+        return values
+
+    def close(self) -> None:
+        """End the process; nothing can be read after."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                _pipe(pipe).close()
+        self._process.kill()
+        self._process.wait()
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            self.close()
+
+    def _answer(self) -> tuple[dict[str, Any], bytes]:
+        line = _pipe(self._process.stdout).readline()
+        answer = json.loads(line) if line.endswith(b"\n") else {}
+        content = _pipe(self._process.stdout).read(answer.get("bytes", 0))
+        if not answer or len(content) < answer.get("bytes", 0):
+            number = -self._process.wait()
+            if number == signal.SIGXCPU:
+                reason = f"a reader that came to no end in {netcdf_process.SECONDS} s of computing"
+            else:
+                reason = f"a crash of its reader ({signal.Signals(number).name if number > 0 else f'status {-number}'})"
+            raise ValueError(f"{self._path}: must be a readable NetCDF file, got {reason}")
+        if "error" in answer:
+            text = " ".join(answer["error"].split())[:200]
+            raise ValueError(f"{self._path}: must be a readable NetCDF file, got {text}")
+        return answer, content
+
+
+class XarrayFile:
+    """Whatever xarray opens, such as HDF5 and Zarr, read lazily.
+
+    Raises ImportError without the xarray package, ValueError naming the file when it cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not _installed("xarray"):
+            raise ImportError(f'xarray: reading {path} needs the xarray package: pip install "vamoh[xarray]"')
+        library: Any = importlib.import_module("xarray")
+        self._path = path
+        with reading(path, "file for xarray"):
+            self._opened = library.open_dataset(path, decode_cf=False, mask_and_scale=False, chunks=None, cache=False)
+            self.variables = {}
+            for name, found in self._opened.variables.items():
+                dtype = found.dtype if found.dtype.kind in "iufb" else None
+                attributes = {str(key): _plain(value) for key, value in found.attrs.items()}
+                dims = tuple(map(str, found.dims))
+                self.variables[str(name)] = Variable(str(name), dims, tuple(found.shape), dtype, attributes)
+
+    def read(self, name: str, slices: Sequence[slice]) -> Array:
+        """Stored numbers of a variable."""
+        with reading(self._path, "file for xarray"):
+            return np.asarray(self._opened.variables[name][tuple(slices)].values)
+
+
+def open_fields(path: str) -> FieldFile:
+    """Open a folder (Zarr) or an HDF5 or GRIB file by xarray, anything else as NetCDF."""
+    suffix = Path(path).suffix.lower()
+    if Path(path).is_dir() or suffix in (".zarr", ".h5", ".hdf5", ".he5", ".grib", ".grib2", ".grb"):
+        return XarrayFile(path)
+    return NetcdfFile(path)
+
+
+def natural_values(path: str, variable: Variable, stored: Array) -> Array:
+    """Numbers in the variable's unit, float64, NaN where they are missing.
+
+    By the attributes scale_factor, add_offset, _FillValue, missing_value, valid_min, valid_max, valid_range and
+    _Unsigned. Raises ValueError naming the file for one that is no number.
+    """
+    attributes = variable.attributes
+    if str(attributes.get("_Unsigned", "")).lower() == "true" and stored.dtype.kind == "i":
+        stored = stored.view(stored.dtype.str.replace("i", "u"))
+    scale, offset = _number(path, variable, "scale_factor", 1.0), _number(path, variable, "add_offset", 0.0)
+    values: Array = stored.astype(np.float64)
+    missing = np.zeros(stored.shape, np.bool_)
+    for name in ("_FillValue", "missing_value"):
+        for mark in _numbers(path, variable, name):
+            missing |= stored == _as_stored(mark, stored.dtype)
+    low, high = _valid_range(path, variable, stored.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        natural = values * scale + offset if (scale, offset) != (1.0, 0.0) else values
+    # Limits are of the packed numbers; those of whole numbers that are not whole themselves are of the natural ones.
+    packed = stored.dtype.kind == "f" or all(isinstance(n, int) or not np.isfinite(n) for n in (low, high))
+    limited = values if packed else natural
+    missing |= (limited < low) | (limited > high)
+    natural[missing] = np.nan
+    return natural
+
+
+def find_variables(path: str, file: FieldFile, wanted: str) -> tuple[list[Variable], Variable, Variable]:
+    """The variables `wanted`, separated by commas, or the only one over latitude and longitude; and these two.
+
+    Latitudes and longitudes have one dimension each, or share one that counts places. Raises ValueError naming the file
+    when no variable fits, several do, or latitudes and longitudes have two dimensions.
+    """
+    variables = file.variables
+    latitudes = [v for v in variables.values() if _is_axis(v, "latitude", "Y", _NORTH, _LATITUDES, "y")]
+    longitudes = [v for v in variables.values() if _is_axis(v, "longitude", "X", _EAST, _LONGITUDES, "x")]
+    axes = {v.name for v in (*latitudes, *longitudes)}
+    fitting: dict[str, tuple[Variable, Variable]] = {}
+    curved: dict[str, Variable] = {}
+    for name, variable in variables.items():
+        if name in axes:
+            continue
+        lat, lon = _axis_of(variable, latitudes), _axis_of(variable, longitudes)
+        if lat is None or lon is None or name.endswith(("_bnds", "_bounds")):
+            continue
+        if len(lat.dims) == 1 and len(lon.dims) == 1:
+            fitting[name] = lat, lon
+        else:
+            curved[name] = lat if len(lat.dims) != 1 else lon
+    names = [name for name in wanted.split(",") if name] if wanted else list(fitting)
+    known = ", ".join(fitting) or "none"
+    bent = next((name for name in (names or curved) if name in curved), None)
+    if bent is not None:
+        axis = curved[bent]
+        raise ValueError(
+            f"{path}: {bent} must lie over latitudes and longitudes of one dimension, got {axis.name}"
+            f"({', '.join(axis.dims)}), a curvilinear grid; an .npz file of coords and values can hold it"
+        )
+    if wanted and (not names or not set(names) <= set(fitting) or len(set(names)) < len(names)):
+        raise ValueError(f"{path}: variable must be one over latitude and longitude ({known}), got {wanted!r}")
+    if not wanted and len(names) != 1:
+        raise ValueError(
+            f"{path}: must hold one variable over latitude and longitude, got {known}; choose FILE::VARIABLE"
+        )
+    found = [variables[name] for name in names]
+    for variable in found:
+        if variable.dtype is None or variable.dtype.kind not in "iuf":
+            raise ValueError(f"{path}: {variable.name} must hold numbers, got {variable.dtype or 'another type'}")
+        if (variable.dims, *fitting[variable.name]) != (found[0].dims, *fitting[names[0]]):
+            raise ValueError(
+                f"{path}: {variable.name} must have the dimensions of {names[0]}, "
+                f"({', '.join(found[0].dims)}), got ({', '.join(variable.dims)})"
+            )
+    return found, *fitting[names[0]]
+
+
+def degrees(path: str, file: FieldFile, axis: Variable) -> Array:
+    """Values of a latitude or longitude in degrees, float64; ValueError naming the file where one is missing."""
+    stored = file.read(axis.name, [slice(0, size) for size in axis.shape])
+    values = natural_values(path, axis, stored)
+    if str(axis.attributes.get("units", "")).lower().startswith("rad"):
+        values = np.degrees(values)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path}: {axis.name} must be finite, got {int((~np.isfinite(values)).sum())} missing values")
+    return values
+
+
+def _is_axis(variable: Variable, standard: str, letter: str, units: set[str], names: set[str], short: str) -> bool:
+    if variable.dtype is None or not 1 <= len(variable.dims) <= 2:
+        return False
+    text = {key: str(variable.attributes.get(key, "")).strip() for key in ("standard_name", "units", "axis")}
+    unit, name = text["units"].lower(), variable.name.rsplit("/", 1)[-1].lower()
+    if name.endswith(("_bnds", "_bounds")):
+        return False
+    if text["standard_name"]:
+        return text["standard_name"] == standard
+    if unit in units or name in names:
+        return unit in units | _DEGREES | {"", "1"}
+    return unit in _DEGREES and (text["axis"].upper() == letter or name == short)
+
+
+def _axis_of(variable: Variable, axes: list[Variable]) -> Variable | None:
+    """The axis over dimensions of the variable: one it names, else one of one dimension, else of the nearest group."""
+    group, _ = _split_name(variable.name)
+    named = str(variable.attributes.get("coordinates", "")).split()
+
+    def rank(axis: Variable) -> tuple[bool, int, int]:
+        above, name = _split_name(axis.name)
+        return name in named, -len(axis.dims), len(above)
+
+    fitting = [a for a in axes if set(a.dims) <= set(variable.dims) and group.startswith(_split_name(a.name)[0])]
+    return max(fitting, key=rank, default=None)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Group and own name of a variable."""
+    group, _, own = name.rpartition("/")
+    return group, own
+
+
+def _valid_range(path: str, variable: Variable, dtype: np.dtype[Any]) -> tuple[float, float]:
+    both = _numbers(path, variable, "valid_range")
+    if both and len(both) != 2:
+        raise ValueError(f"{path}: {variable.name}: valid_range must hold two numbers, got {len(both)}")
+    low, high = both or (-np.inf, np.inf)
+    low, high = _number(path, variable, "valid_min", low), _number(path, variable, "valid_max", high)
+    if dtype.kind == "f":  # as the numbers were rounded to their type, so are their limits
+        return float(_as_stored(low, dtype)), float(_as_stored(high, dtype))
+    return low, high
+
+
+def _as_stored(mark: float, dtype: np.dtype[Any]) -> Any:
+    """A number as the dtype holds it; the number itself where the dtype has none such."""
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return dtype.type(mark)
+    limits = np.iinfo(dtype)
+    if not np.isfinite(mark) or mark != int(mark):
+        return mark
+    if dtype.kind == "u" and mark < 0 and int(mark) >= -(limits.max + 1) // 2:
+        return dtype.type(int(mark) + limits.max + 1)  # the mark of unsigned numbers that are stored as signed ones
+    return dtype.type(int(mark)) if limits.min <= mark <= limits.max else mark
+
+
+def _numbers(path: str, variable: Variable, name: str) -> list[float]:
+    value = variable.attributes.get(name)
+    if value is None:
+        return []
+    found = []
+    for entry in value if isinstance(value, list) else [value]:
+        text = re.sub(r"(?<=\d)[a-zA-Z]$", "", entry.strip()) if isinstance(entry, str) else entry
+        try:
+            found.append(text if isinstance(text, int) else float(text))
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: {variable.name}: {name} must hold numbers, got {value!r:.80}") from None
+    return found
+
+
+def _number(path: str, variable: Variable, name: str, default: float) -> float:
+    found = _numbers(path, variable, name)
+    if len(found) > 1 or (found and name in ("scale_factor", "add_offset") and not np.isfinite(found[0])):
+        raise ValueError(f"{path}: {variable.name}: {name} must be one finite number, got {found!r:.80}")
+    return found[0] if found else default
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, np.ndarray | np.generic | list | tuple):
+        return np.asarray(value).tolist()
+    return str(value)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:
+        return False
+
+
+def _product(shape: Sequence[int]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
+        raise ValueError("a process without pipes")
+    return pipe
