@@ -37,6 +37,8 @@ class _Common:
     """cpu, cuda or cuda:N"""
     seed: int = 0
     """seed of random draws"""
+    data: Annotated[str | None, arg(name="data.path")] = None
+    """where the data of the run are now, if they moved; default: where they were"""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ Every function returns the text to show. Unless `out` names a folder, results go
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from vamoh.compat.config import load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_run_config
-from vamoh.data import Dataset, open_dataset
+from vamoh.data import Dataset, Domain, open_dataset
 from vamoh.distributed import join
-from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, observe, split_indices
+from vamoh.evaluate import MAX_PSNR, completable, evaluate_model, infer, observe, split_indices
 from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
 from vamoh.generator import Reconstruction
@@ -36,6 +38,7 @@ from vamoh.model import VaMoH
 from vamoh.ops import status
 from vamoh.points import PointSet
 from vamoh.runlog import read_log
+from vamoh.train import check_data
 from vamoh.train import train as train_model
 
 Array = NDArray[Any]
@@ -47,19 +50,38 @@ SCORED_POINTS = 3_200_000
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, opened: its configuration, data and model."""
+    """A trained run, opened: its configuration and model, and its data once they are asked for.
+
+    facts: what the run has stored of its data.
+    """
 
     folder: Path
     config: Config
-    dataset: Dataset
     model: VaMoH
     device: torch.device
     seed: int
+    facts: Mapping[str, Any]
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data it was trained on; ValueError if they are gone or have changed since."""
+        try:
+            dataset = open_dataset(**vars(self.config.data))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{error} (data that moved are named by --data.path)") from error
+        if "data" in self.facts:
+            check_data(self.facts["data"], dataset, self.folder)
+        return dataset
+
+    @cached_property
+    def domain(self) -> Domain:
+        """Where its functions live, which needs no data."""
+        return Domain.from_dict(self.facts["domain"]) if "domain" in self.facts else self.dataset.domain
 
     @property
     def look(self) -> Look:
         """How its data is drawn."""
-        return Look(self.dataset.kind, self.model.components, self.dataset.units)
+        return Look(self.domain.kind, self.model.components, self.domain.units)
 
     def points(self, index: Tensor) -> PointSet:
         """Functions of the data set on the run's device."""
@@ -73,7 +95,7 @@ class Run:
     def grid(self, values: Tensor, scale: int = 1) -> Array:
         """Reorder values [B, M, ...] at the points of the `scale` times refined grid to [B, *shape, ...]."""
         array: Array = values.cpu().numpy()
-        return array.reshape(len(array), *self.dataset.grid(scale)[1], *array.shape[2:])
+        return array.reshape(len(array), *self.domain.grid(scale)[1], *array.shape[2:])
 
     def observed(self, points: PointSet) -> Array:
         """Which points are observed, [B, *shape] bool."""
@@ -94,10 +116,18 @@ def train(source: str, config: Config, *, out: Path | None, device: str, resume:
 
 
 def reconstruct(
-    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int
+    run: Path,
+    *,
+    out: Path | None,
+    device: str,
+    seed: int,
+    data: str | None,
+    split: str,
+    index: tuple[int, ...],
+    count: int,
 ) -> str:
     """Encode functions and decode them at their own points."""
-    opened = open_run(run, device, seed)
+    opened = open_run(run, device, seed, data)
     indices, points = _data(opened, split, index, count)
     result = opened.model.reconstruct(points, z=opened.infer(points))
     decibel = psnr(result.mean, points.values, points.mask).clamp(max=MAX_PSNR).tolist()
@@ -118,9 +148,9 @@ def reconstruct(
     return _write(opened, out, "reconstruct", columns, arrays, [f"{value:.1f} dB" for value in decibel])
 
 
-def sample(run: Path, *, out: Path | None, device: str, seed: int, count: int) -> str:
+def sample(run: Path, *, out: Path | None, device: str, seed: int, data: str | None, count: int) -> str:
     """Draw new functions from the prior."""
-    opened = open_run(run, device, seed)
+    opened = open_run(run, device, seed, data)
     _need_grid(opened)
     samples = _sample(opened, count)
     folder = _folder(opened, out)
@@ -129,10 +159,19 @@ def sample(run: Path, *, out: Path | None, device: str, seed: int, count: int) -
 
 
 def superres(
-    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int, scale: int
+    run: Path,
+    *,
+    out: Path | None,
+    device: str,
+    seed: int,
+    data: str | None,
+    split: str,
+    index: tuple[int, ...],
+    count: int,
+    scale: int,
 ) -> str:
     """Decode functions on a grid refined `scale` times."""
-    opened = open_run(run, device, seed)
+    opened = open_run(run, device, seed, data)
     indices, points = _data(opened, split, index, count)
     coords = opened.dataset.grid(scale)[0].to(opened.device)
     # The prior over components everywhere: the posterior at the given points alone would draw a dotted grid.
@@ -153,13 +192,28 @@ def superres(
 
 
 def complete(
-    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int, mask: str
+    run: Path,
+    *,
+    out: Path | None,
+    device: str,
+    seed: int,
+    data: str | None,
+    split: str,
+    index: tuple[int, ...],
+    count: int,
+    mask: str,
 ) -> str:
     """Fill in the points that a mask hides."""
-    opened = open_run(run, device, seed)
+    opened = open_run(run, device, seed, data)
     indices, points = _data(opened, split, index, count)
     seen = completion_mask(mask, opened.dataset.shape, seed=seed).flatten().to(opened.device)
     partial = observe(points, seen)
+    shown = partial.observed()[0]
+    if shown < opened.model.min_points:
+        raise ValueError(
+            f"complete: mask must leave every function the {opened.model.min_points} observed points that the encoder "
+            f"needs, got {mask!r}, which leaves {shown}"
+        )
     result = opened.model.reconstruct(partial, z=opened.infer(partial))
     hidden = ~seen if points.mask is None else points.mask & ~seen
     decibel = psnr(result.mean, points.values, hidden).clamp(max=MAX_PSNR).tolist()
@@ -178,14 +232,23 @@ def complete(
         Column("Masked input", _values(arrays["input"], opened.look, observed)),
         Column("Completion", _values(arrays["completed"], opened.look)),
     ]
-    return _write(opened, out, "complete", columns, arrays, [f"{value:.1f} dB" for value in decibel])
+    labels = ["nothing hidden" if math.isnan(value) else f"{value:.1f} dB" for value in decibel]
+    return _write(opened, out, "complete", columns, arrays, labels)
 
 
 def segment(
-    run: Path, *, out: Path | None, device: str, seed: int, split: str, index: tuple[int, ...], count: int
+    run: Path,
+    *,
+    out: Path | None,
+    device: str,
+    seed: int,
+    data: str | None,
+    split: str,
+    index: tuple[int, ...],
+    count: int,
 ) -> str:
     """Show which component explains each point, and how certain that is."""
-    opened = open_run(run, device, seed)
+    opened = open_run(run, device, seed, data)
     indices, points = _data(opened, split, index, count)
     result = opened.model.reconstruct(points, z=opened.infer(points))
     arrays = {
@@ -201,10 +264,19 @@ def segment(
 
 
 def evaluate(
-    run: Path, *, out: Path | None, device: str, seed: int, split: str, count: int | None, samples: int, mask: str
+    run: Path,
+    *,
+    out: Path | None,
+    device: str,
+    seed: int,
+    data: str | None,
+    split: str,
+    count: int | None,
+    samples: int,
+    mask: str,
 ) -> str:
     """Measure the model on a split and write evaluation.json."""
-    opened = open_run(run, device, seed)
+    opened = open_run(run, device, seed, data)
     result = evaluate_model(
         opened.model,
         opened.dataset,
@@ -256,8 +328,8 @@ def info() -> str:
     return "\n".join([*lines, "", str(status())])
 
 
-def open_run(run: Path, device: str, seed: int) -> Run:
-    """Open a run folder.
+def open_run(run: Path, device: str, seed: int, data: str | None = None) -> Run:
+    """Open a run folder. data: where its data are now, if not where the run's configuration says.
 
     Raises FileNotFoundError where there is no run, ValueError for a damaged one, a missing device or a bad seed.
     """
@@ -268,13 +340,14 @@ def open_run(run: Path, device: str, seed: int) -> Run:
         raise FileNotFoundError(f"no run in {run}: a run folder has a config.yaml, as vamoh train writes it")
     config = load_run_config(run)
     model = checkpoint.load(run, place)
-    data = config.data
-    return Run(run, config, open_dataset(data.name, data.path, data.size, data.root), model, place, seed)
+    if data is not None:
+        config = replace(config, data=replace(config.data, path=data))
+    return Run(run, config, model, place, seed, checkpoint.load_training_state(run))
 
 
 def summarize(run: Run) -> str:
     """Write samples.png, strip.png, losses.png and evaluation.json of a finished run; return a short report."""
-    paths, points = [], run.dataset.values.shape[1]
+    paths, points = [], run.dataset.points
     if run.dataset.kind != "points":
         count = {"image": 64, "sphere": 8, "voxels": 16}[run.dataset.kind]
         paths.append(figures.write_samples(run.folder / "samples.png", _sample(run, count)["mean"], run.look))
@@ -283,7 +356,7 @@ def summarize(run: Run) -> str:
     if log:
         seen = run.config.train.num_points or points
         paths.append(figures.write_losses(run.folder / "losses.png", log, seen))
-    split = "test" if len(run.dataset.splits["test"]) else "validation"
+    split = _held_out(run.dataset)
     samples = 32
     result = evaluate_model(
         run.model,
@@ -317,23 +390,43 @@ def table(result: Mapping[str, Any]) -> str:
         ("bits per dimension", "bits_per_dim", f"at most, {result['importance_samples']} importance samples "
          f"of {result['importance_functions']} functions"),
     ]  # fmt: skip
+    left_out, notes = result.get("completion_left_out", []), []
+    if left_out:
+        why = f"{result['completion_mask']} hides nothing observed of them, or leaves too few points"
+        notes.append(f"completion without {len(left_out)} functions ({_listed(left_out)}): {why}")
     shown = [(label, f"{result[name]:.4g}" if abs(result[name]) < 100 else f"{result[name]:.1f}", unit)
              for label, name, unit in rows if name in result]  # fmt: skip
     width, digits = max(len(label) for label, _, _ in shown), max(len(number) for _, number, _ in shown)
     title = f"{result['data']}, {result['split']} split, {result['functions']} functions of {result['points']} points"
-    return "\n".join([title, *(f"{a:<{width}}  {b:>{digits}} {c}".rstrip() for a, b, c in shown)])
+    return "\n".join([title, *(f"{a:<{width}}  {b:>{digits}} {c}".rstrip() for a, b, c in shown), *notes])
+
+
+def _held_out(dataset: Dataset) -> str:
+    """The split to show: test, or what there is instead."""
+    return next(name for name in ("test", "validation", "train") if len(dataset.splits[name]))
+
+
+def _listed(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")
 
 
 def _strip(run: Run) -> Path:
     """Draw what the model makes of a few held-out functions, side by side."""
     look, kind = run.look, run.dataset.kind
-    split = "test" if len(run.dataset.splits["test"]) else "validation"
+    split = _held_out(run.dataset)
     indices = split_indices(run.dataset, split, count={"image": 6, "sphere": 4, "voxels": 3}[kind])
     points = run.points(indices)
     z = run.infer(points)
     result = run.model.reconstruct(points, z=z)
-    partial = observe(points, completion_mask("patch", run.dataset.shape).flatten())
-    completion = run.model.reconstruct(partial, z=run.infer(partial))
+    seen = completion_mask("patch", run.dataset.shape).flatten()
+    completed = []
+    if bool(completable(points, seen, run.model.min_points).all()):
+        partial = observe(points, seen)
+        completion = run.model.reconstruct(partial, z=run.infer(partial))
+        completed = [
+            Column("Masked input", _values(run.grid(points.values), look, run.observed(partial))),
+            Column("Completion", _values(_completed(run, partial, completion), look)),
+        ]
     # A solid refined four times has 64 times as many points, and looks the same at this size.
     scale = 2 if kind == "voxels" else 4
     finer = run.grid(run.model.decode(z, run.dataset.grid(scale)[0].to(run.device)).mean, scale)
@@ -341,8 +434,7 @@ def _strip(run: Run) -> Path:
     columns = [
         Column("Input", _values(given, look, run.observed(points)), "values"),
         Column("Reconstruction", _values(mean, look)),
-        Column("Masked input", _values(given, look, run.observed(partial))),
-        Column("Completion", _values(_completed(run, partial, completion), look)),
+        *completed,
         Column(f"{scale}× super-resolution", _values(finer, look)),
         *_globes(finer, look),
         *_maps(run.grid(result.segmentation), run.grid(result.entropy), given, look),
@@ -363,14 +455,14 @@ def _data(run: Run, split: str, index: tuple[int, ...], count: int) -> tuple[Ten
 
 
 def _need_grid(run: Run) -> None:
-    if run.dataset.kind == "points":
-        raise ValueError(f"{run.dataset.name} holds bare points; figures need data on a grid, use the Python interface")
+    if run.domain.kind == "points":
+        raise ValueError(f"{run.folder} is of bare points; figures need data on a grid, use the Python interface")
 
 
 def _sample(run: Run, count: int) -> dict[str, Array]:
     generator = torch.Generator(device=run.device).manual_seed(run.seed)
     z = run.model.sample_prior(count, generator=generator)
-    result = run.model.decode(z, run.dataset.grid()[0].to(run.device))
+    result = run.model.decode(z, run.domain.grid()[0].to(run.device))
     return {
         "z": z.cpu().numpy(),
         "mean": run.grid(result.mean),

@@ -138,6 +138,8 @@ class DataConfig:
     """resolution to bring the data to; None: as it comes"""
     root: str | None = None
     """folder for generated data; None: the user's cache folder"""
+    splits: str | None = None
+    """.json or .npz file of the train, validation and test functions; None: as docs/data.md says"""
 
     def __post_init__(self) -> None:
         _check_types(self, "data")

@@ -45,18 +45,19 @@ def split_indices(dataset: Dataset, split: str, index: tuple[int, ...] = (), cou
     return found if count is None else found[: check_positive("data", "count", count)]
 
 
-def thin(points: PointSet, count: int | None, generator: torch.Generator) -> PointSet:
-    """Keep at most `count` points that any function observes, drawn at random; None keeps all.
+def thin(points: PointSet, count: int | None, generator: torch.Generator, at_least: int = 0) -> PointSet:
+    """Keep `count` points that any function observes, drawn at random, or all of fewer; None keeps all.
 
-    A model trained on that many points meets, at inference, the density it was trained on.
+    A model trained on that many points meets, at inference, the density it was trained on. at_least: see
+    `PointSet.subsample`.
     """
     points = points.compact()
-    return points if count is None or count >= points.count else points.subsample(count, generator)
+    return points if count is None or count >= points.count else points.subsample(count, generator, at_least)
 
 
 def infer(model: VaMoH, points: PointSet, num_points: int | None, generator: torch.Generator) -> Tensor:
     """Posterior mean [B, Z] from the observed points, of which the encoder sees at most `num_points`."""
-    return model.encode(thin(points, num_points, generator)).mean
+    return model.encode(thin(points, num_points, generator, model.min_points)).mean
 
 
 def observe(points: PointSet, seen: Tensor | None) -> PointSet:
@@ -65,6 +66,14 @@ def observe(points: PointSet, seen: Tensor | None) -> PointSet:
         return points
     seen = seen.to(points.values.device)
     return points.with_mask(seen if points.mask is None else points.mask & seen)
+
+
+def completable(points: PointSet, seen: Tensor, at_least: int) -> Tensor:
+    """Which functions have observed points that `seen` [N] hides, and `at_least` that it shows, [B] bool."""
+    observed = torch.ones_like(points.values[..., 0], dtype=torch.bool) if points.mask is None else points.mask
+    seen = seen.to(observed.device)
+    shown, hidden = (observed & seen).sum(-1), (observed & ~seen).any(-1)
+    return ((shown >= at_least) & hidden).expand(points.batch)
 
 
 @torch.no_grad()
@@ -91,7 +100,9 @@ def evaluate_model(
     sample); importance_samples, importance_functions, importance_bound (nats), bits_per_dim (from that bound, with a
     normalised probability of 8-bit values for the logistic; a density's for the continuous Bernoulli); psnr (dB) and
     mse of the reconstruction; completion_mask, completion_psnr (dB, missing points only). Voxels add iou and
-    completion_iou (threshold 0.5); data with a unit add rmse, completion_rmse and unit.
+    completion_iou (threshold 0.5); data with a unit add rmse, completion_rmse and unit. completion_left_out lists
+    the functions of which the mask hides no observed point, or leaves fewer than the encoder needs; where it lists all,
+    there is no completion to measure.
     Raises ValueError for an unknown split or mask.
     """
     check_type("evaluate", "model", model, VaMoH)
@@ -101,16 +112,17 @@ def evaluate_model(
     if num_points is not None:
         check_positive("evaluate", "num_points", num_points)
     device = next(model.parameters()).device
-    batch_size = max(1, min(32, MAX_POINTS // dataset.values.shape[1]))
+    batch_size = max(1, min(32, MAX_POINTS // dataset.points))
     indices = split_indices(dataset, split, count=count)
     weighted = split_indices(dataset, split, count=importance_count if importance_count is not None else count)
-    shape = dataset.shape or (dataset.values.shape[1],)
+    shape = dataset.shape or (dataset.points,)
     seen = completion_mask(mask, shape, seed=seed).flatten().to(device)
     # None: a bar on a terminal only.
     quiet = None if progress else True
     noise = torch.Generator(device=device).manual_seed(seed)
     choice = torch.Generator().manual_seed(seed)
     columns: dict[str, list[Tensor]] = {}
+    left_out: list[int] = []
 
     def collect(**values: Tensor) -> None:
         for name, value in values.items():
@@ -129,16 +141,20 @@ def evaluate_model(
 
     for part in Progress(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
         points = model.prepare(dataset.batch(part))
-        terms = model.elbo(thin(points, num_points, choice), generator=noise)
+        terms = model.elbo(thin(points, num_points, choice, model.min_points), generator=noise)
         collect(elbo=terms.elbo, log_likelihood=terms.log_likelihood, kl_z=terms.kl_z, kl_c=terms.kl_c)
         mean = model.reconstruct(points, z=infer(model, points, num_points, choice)).mean
         compare("", mean, points, points.mask)
-        partial = observe(points, seen)
-        mean = model.reconstruct(partial, z=infer(model, partial, num_points, choice)).mean
-        compare("completion_", mean, points, ~seen if points.mask is None else points.mask & ~seen)
+        can = completable(points, seen, model.min_points)
+        left_out += part[~can.cpu()].tolist()
+        if can.any():
+            points = points if can.all() else points.part(can.nonzero()[:, 0])
+            partial = observe(points, seen)
+            mean = model.reconstruct(partial, z=infer(model, partial, num_points, choice)).mean
+            compare("completion_", mean, points, ~seen if points.mask is None else points.mask & ~seen)
 
     for part in Progress(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
-        points = thin(model.prepare(dataset.batch(part)), num_points, choice)
+        points = thin(model.prepare(dataset.batch(part)), num_points, choice, model.min_points)
         bound = model.iwae(points, samples=samples, generator=noise, proper=True)
         observed = points.values.new_tensor(points.count) if points.mask is None else points.mask.sum(-1)
         bits = metrics.bits_per_dim(bound * (points.count / observed), points.count, points.channels)
@@ -149,10 +165,11 @@ def evaluate_model(
         "data": dataset.name,
         "split": split,
         "functions": len(indices),
-        "points": dataset.values.shape[1] if num_points is None else min(num_points, dataset.values.shape[1]),
+        "points": dataset.points if num_points is None else min(num_points, dataset.points),
         **average,
         "importance_samples": samples,
         "importance_functions": len(weighted),
         "completion_mask": mask,
+        **({"completion_left_out": left_out} if left_out else {}),
         **({"unit": dataset.units[0]} if dataset.units[0] else {}),
     }

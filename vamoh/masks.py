@@ -20,8 +20,8 @@ def completion_mask(name: str, shape: Sequence[int], *, seed: int = 0) -> Tensor
     """Bool mask [*shape], True where a point is observed, of a grid with the given sizes.
 
     name: one of
-        "patch"        a centred block of half the size along every axis is missing (in-painting);
-        "half"         the first half of the last axis (the left columns) is observed;
+        "patch"        a centred block of half the size along every axis longer than 1 is missing (in-painting);
+        "half"         the first half of the last axis longer than 1 (the left columns) is observed;
         "outside"      only the centred block of "patch" is observed (out-painting);
         "random:RATE"  each point is missing with probability RATE, 0 < RATE < 1, drawn from `seed`;
         a file         .npy (bool, or numbers 0 and 1 or 255) or .png (white = observed) of exactly this shape.
@@ -39,11 +39,12 @@ def completion_mask(name: str, shape: Sequence[int], *, seed: int = 0) -> Tensor
         mask = _random(name, rate, shape, seed)
     elif name in ("patch", "outside"):
         mask = torch.ones(shape, dtype=torch.bool)
-        mask[tuple(slice((n - n // 2) // 2, (n - n // 2) // 2 + n // 2) for n in shape)] = False
+        mask[tuple(slice((n - n // 2) // 2, (n - n // 2) // 2 + max(n // 2, 1)) for n in shape)] = False
         mask = mask if name == "patch" else ~mask
     elif name == "half":
+        axis = max((i for i, n in enumerate(shape) if n > 1), default=0)
         mask = torch.zeros(shape, dtype=torch.bool)
-        mask[..., : shape[-1] // 2] = True
+        mask.narrow(axis, 0, shape[axis] // 2).fill_(True)
     else:
         near = difflib.get_close_matches(name, ["patch", "half", "outside", "random:0.5"], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

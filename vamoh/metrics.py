@@ -14,7 +14,7 @@ def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tenso
     """Mean squared error over points and channels, [B].
 
     prediction, target: [B, N, C], float32 or float64. mask: None, [N] or [B, N] bool, True where a point counts.
-    Raises TypeError or ValueError for mismatched tensors, and ValueError for a function without a counted point.
+    NaN for a function without a counted point. Raises TypeError or ValueError for mismatched tensors.
     """
     return _mean_square("mse", prediction, target, mask)
 
@@ -38,7 +38,7 @@ def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def iou(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, threshold: float = 0.5) -> Tensor:
-    """Intersection over union of the occupied points, [B]; 1 where both are empty.
+    """Intersection over union of the occupied points, [B]; 1 where both are empty, NaN where no point counts.
 
     A point is occupied where its value is at least `threshold`, in every channel on its own.
     Arguments and errors as in `mse`.
@@ -47,7 +47,8 @@ def iou(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, thres
     counted = _weight("iou", prediction, target, mask).bool()[..., None]
     a, b = (prediction >= threshold) & counted, (target >= threshold) & counted
     union = (a | b).sum((1, 2))
-    return torch.where(union > 0, (a & b).sum((1, 2)) / union.clamp(min=1), 1.0)
+    result = torch.where(union > 0, (a & b).sum((1, 2)) / union.clamp(min=1), 1.0)
+    return torch.where(counted.any((1, 2)), result, math.nan)
 
 
 def bits_per_dim(log_likelihood: Tensor, points: int, channels: int) -> Tensor:
@@ -78,8 +79,4 @@ def _weight(where: str, prediction: Tensor, target: Tensor, mask: Tensor | None)
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{where}: mask must have shape [{count}] or [{batch}, {count}], got {got}")
     check_tensor(where, "mask", mask, list(mask.shape), dtypes=[torch.bool])
-    mask = mask.expand(batch, count)
-    if not bool(mask.any(1).all()):
-        empty = int((~mask.any(1)).nonzero()[0])
-        raise ValueError(f"{where}: mask must count at least one point of every function, got function {empty} without")
-    return mask.to(target.dtype)
+    return mask.expand(batch, count).to(target.dtype)

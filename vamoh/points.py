@@ -148,8 +148,8 @@ class PointSet:
         mask = None if self.mask is None else self.mask[..., index]
         return self._with(coords, self.values[:, index], mask)
 
-    def part(self, functions: slice) -> PointSet:
-        """Keep the functions of a slice of the batch."""
+    def part(self, functions: slice | Tensor) -> PointSet:
+        """Keep the functions of a slice of the batch, or at indices int64."""
         coords = self.coords[functions] if self.coords.dim() == 3 else self.coords
         mask = self.mask[functions] if self.mask is not None and self.mask.dim() == 2 else self.mask
         return self._with(coords, self.values[functions], mask)
@@ -187,14 +187,24 @@ class PointSet:
             kept = draw.topk(min(at_least, self.count)).indices.sort().values
         return self.select(kept.to(self.values.device))
 
-    def subsample(self, count: int, generator: torch.Generator | None = None) -> PointSet:
-        """Keep `count` points drawn without replacement, one draw shared by the batch, in their original order."""
+    def subsample(self, count: int, generator: torch.Generator | None = None, at_least: int = 0) -> PointSet:
+        """Keep `count` points drawn without replacement, one draw shared by the batch, in their original order.
+
+        Where a function would be left fewer than `at_least` observed points, its next ones in the order of the draw are
+        kept too, as far as it has them.
+        """
         check_positive("PointSet.subsample", "count", count)
         check_type("PointSet.subsample", "generator", generator, torch.Generator, type(None))
         if count > self.count:
             raise ValueError(f"PointSet.subsample: count must be at most N={self.count}, got {count}")
-        index = torch.randperm(self.count, generator=generator)[:count].sort().values
-        return self.select(index.to(self.values.device))
+        order = torch.randperm(self.count, generator=generator)
+        kept = torch.zeros(self.count, dtype=torch.bool)
+        kept[order[:count]] = True
+        if at_least and self.mask is not None:
+            drawn = self.mask.cpu().expand(self.batch, -1)[:, order]
+            fewer = drawn[drawn[:, :count].sum(1) < at_least]
+            kept[order[(fewer & (fewer.cumsum(1) <= at_least)).any(0)]] = True
+        return self.select(kept.nonzero()[:, 0].to(self.values.device))
 
     @staticmethod
     def from_grid(values: Tensor, coords: Tensor | None = None, mask: Tensor | None = None) -> PointSet:
@@ -432,7 +442,7 @@ def grid_coords(
 ) -> Tensor:
     """Coordinates [N, D] of an image or voxel grid, row-major, order (row, column) or (depth, row, column).
 
-    Index i maps to 2 (i / (n - 1) - 1/2) with n the first size, for every axis: pixels stay square, the first axis
+    Index i maps to 2 (i / (n - 1) - 1/2) with n the first size above 1, for every axis: pixels stay square, that axis
     spans [-1, 1] (the published code's rule). `scale` s gives the finer grid of s (n - 1) + 1 points per axis over the
     same extent, whose every s-th point is a point of the grid.
     """
@@ -442,7 +452,7 @@ def grid_coords(
     check_positive("grid_coords", "scale", scale)
     check_type("grid_coords", "dtype", dtype, torch.dtype)
     device = check_device("grid_coords", device)
-    span = max(shape[0] - 1, 1)
+    span = next((n - 1 for n in shape if n > 1), 1)
     axes = [
         2 * (torch.arange(scale * (n - 1) + 1, dtype=torch.float64, device=device) / (scale * span) - 0.5)
         for n in shape

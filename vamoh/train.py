@@ -26,7 +26,16 @@ from vamoh._checks import check_device, check_type, listed, reason, shown, unquo
 from vamoh._files import check_path, write_json, writing
 from vamoh._lock import locked
 from vamoh._progress import Progress
-from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, differences, load_run_config, save_config
+from vamoh.config import (
+    BetaConfig,
+    Config,
+    DataConfig,
+    config_from_dict,
+    config_to_dict,
+    differences,
+    load_run_config,
+    save_config,
+)
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
 from vamoh.elbo import ElboTerms
@@ -46,6 +55,8 @@ _FREE = (
     "shard",
     "tensorboard",
 )
+# Where the data lie may change too: that they are the same shows in their checksum.
+_PLACES = ("path", "root", "splits")
 _ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
 # An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
 _MAX_PSNR = 150.0
@@ -120,6 +131,7 @@ def train(
     """
     check_type("train", "config", config, Config)
     out, place = check_path("train", "out", out), check_device("train", device)
+    config = replace(config, data=_absolute(config.data))
     with ExitStack() as stack:
         workers, place = stack.enter_context(join("train", place))
         begun = workers.largest(bool(workers.by_main(lambda: _claim(stack, out, config, resume))))
@@ -241,12 +253,7 @@ class Trainer:
             raise ValueError(f"train: nothing to resume in {run_folder}: a converted model comes without an optimizer")
         _check_state(run_folder, state)
         _check_config(run_folder, config_from_dict(state["config"]), config)
-        lines = differences(state["data"], dataset.fingerprint())
-        if lines:
-            raise ValueError(
-                f"Trainer.resume: data set {dataset.name} must be the one the run in {run_folder} started with, "
-                f"got another: {listed(lines)}"
-            )
+        check_data(state["data"], dataset, run_folder)
         trainer = cls(config, dataset, device=device, model=checkpoint.load(run_folder, device), workers=workers)
         moments = _moments(run_folder, state["optimizer"], trainer.parameters)
         # Everything else that the optimizer knows follows from the configuration.
@@ -268,6 +275,7 @@ class Trainer:
             "seconds": self.seconds,
             "config": config_to_dict(self.config),
             "data": self._fingerprint,
+            "domain": self.dataset.domain.to_dict(),
             "optimizer": whole(self.optimizer.state_dict(), "cpu"),
             "points": self._points.get_state(),
             "noise": self._noise.get_state(),
@@ -377,7 +385,7 @@ class Trainer:
         """
         settings = self.config.train
         if settings.num_points is not None:
-            points = points.compact().subsample(settings.num_points, self._points)
+            points = _subsample(points, settings.num_points, self._points, self.model.min_points)
         if settings.point_dropout > 0:
             rate = settings.point_dropout * float(torch.rand((), generator=self._points))
             fewer = points.compact().drop(rate, self._points, at_least=self.model.min_points)
@@ -425,7 +433,8 @@ class Trainer:
     @torch.no_grad()
     def _bound(self, indices: Tensor, generator: torch.Generator) -> tuple[dict[str, float], PointSet]:
         count = self.config.train.num_points
-        points = self._share(indices, lambda p: p if count is None else p.compact().subsample(count, generator))
+        least = self.model.min_points
+        points = self._share(indices, lambda p: p if count is None else _subsample(p, count, generator, least))
         points = self.model.prepare(points, again=count is None)
         terms = self._gather(self._elbo(points, len(indices), generator), len(indices))
         return _batch_means(terms, self.steps_done, indices), points
@@ -433,7 +442,7 @@ class Trainer:
     def _share(self, indices: Tensor, thin: Callable[[PointSet], PointSet]) -> PointSet:
         """This process's part of a batch, in host memory; `thin` leaves out the same points in every process."""
         part = self.workers.share(len(indices))
-        if self.dataset.mask is not None and self.dataset.mask.dim() == 2:
+        if self.dataset.masked_each:
             # What is observed anywhere in the batch decides which points there are to choose from.
             return thin(self.dataset.batch(indices)).part(part)
         return thin(self.dataset.batch(indices[part]))
@@ -514,12 +523,18 @@ class _Records:
                 self.board.add_scalar(f"{split}/{name}", value, values["step"])
 
 
+def _absolute(data: DataConfig) -> DataConfig:
+    """The same places from wherever the run is opened again."""
+    given = {name: getattr(data, name) for name in _PLACES}
+    places = {n: None if p is None else os.path.abspath(os.path.expanduser(p)) for n, p in given.items()}
+    return replace(data, path=places["path"], root=places["root"], splits=places["splits"])
+
+
 def _open(config: Config, workers: Workers) -> Dataset:
     """Open the data set, the main process first: it makes what the others find in the cache."""
 
     def load() -> Dataset:
-        data = config.data
-        return open_dataset(data.name, path=data.path, size=data.size, root=data.root)
+        return open_dataset(**vars(config.data))
 
     dataset = workers.by_main(load) or load()
     mine = json.dumps(dataset.fingerprint())
@@ -599,11 +614,23 @@ def _check_config(out: str | os.PathLike[str], run: Config, config: Config) -> N
     if not config.model.coord_offset:  # measured when the run began
         config = _of_domain(config, run.model.coord_offset, run.model.coord_scale)
     freed = replace(run.train, **{name: getattr(config.train, name) for name in _FREE})
-    lines = differences(config_to_dict(replace(run, train=freed)), config_to_dict(config))
+    moved = replace(run.data, **{name: getattr(config.data, name) for name in _PLACES})
+    lines = differences(config_to_dict(replace(run, train=freed, data=moved)), config_to_dict(config))
     if lines:
         raise ValueError(
             f"train: {out} was started with another configuration: {listed(lines)} "
-            f"(on resume only train.{', '.join(_FREE)} may change)"
+            f"(on resume only train.{', '.join(_FREE)} and data.{', '.join(_PLACES)} may change)"
+        )
+
+
+def check_data(stored: Mapping[str, Any], dataset: Dataset, run_folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless the data are those whose fingerprint a run has stored."""
+    found = dataset.fingerprint()
+    lines = differences(stored, {name: found[name] for name in stored if name in found})
+    if lines:
+        raise ValueError(
+            f"train: data set {dataset.name} must be the one the run in {run_folder} started with, got another: "
+            f"{listed(lines)} (files added, removed, renamed or changed make another data set)"
         )
 
 
@@ -613,7 +640,7 @@ _STATE = {"seconds": float, "config": dict, "data": dict, "optimizer": dict, "po
 def _check_state(run_folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Raise ValueError for a training state that holds something else than a trainer saves."""
     lines = [f"{name} is missing" for name in _STATE if name not in state]
-    lines += [f"{unquoted(name)} is unknown" for name in state if name not in {*_STATE, "format", "step"}]
+    lines += [f"{unquoted(name)} is unknown" for name in state if name not in {*_STATE, "domain", "format", "step"}]
     for name, kind in _STATE.items():
         if name in state and type(state[name]) is not kind:
             lines.append(f"{name} is {type(state[name]).__name__}, expected {kind.__name__}")
@@ -692,10 +719,15 @@ def _of_domain(config: Config, offset: tuple[float, ...], scale: tuple[float, ..
 
 
 def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:
-    count, settings = dataset.coords.shape[-2], config.train
-    if count < min_points:
+    settings = config.train
+    used = torch.cat([dataset.splits[name] for name in ("train", "validation", "test")])
+    observed = dataset.observed()[used]
+    count, fewest = int(observed.max()), int(observed.argmin())
+    if int(observed[fewest]) < min_points:
+        which = "" if count == int(observed[fewest]) else f" observed in every function, got {int(observed[fewest])} "
+        which = which + f"in function {int(used[fewest])}" if which else f", got {count}"
         raise ValueError(
-            f"Trainer: data set {dataset.name} must have the {min_points} points that the encoder needs, got {count}"
+            f"Trainer: data set {dataset.name} must have the {min_points} points that the encoder needs{which}"
         )
     if settings.num_points is not None and not min_points <= settings.num_points <= count:
         raise ValueError(
@@ -724,6 +756,11 @@ def _finite_means(values: dict[str, Tensor], step: int, indices: Tensor) -> dict
         where = ~values[cause].isfinite().cpu() if cause != "grad_norm" else torch.ones(len(indices)).bool()
         raise NonFiniteLoss(cause, step, indices.tolist(), indices[where].tolist())
     return result
+
+
+def _subsample(points: PointSet, count: int, generator: torch.Generator, at_least: int) -> PointSet:
+    points = points.compact()
+    return points.subsample(min(count, points.count), generator, at_least)
 
 
 def _fewest(points: PointSet) -> int:
