@@ -59,8 +59,15 @@ def test_bad_names_are_explained() -> None:
     for name in ("random", "random:", "random:x", "random:1.5", "random:0", "random:nan"):
         with pytest.raises(ValueError, match=f"number between 0 and 1, got '{name}'"):
             completion_mask(name, (4, 4))
-    with pytest.raises(ValueError, match=r"'half' must leave some points observed .* got 0 of 4 observed"):
-        completion_mask("half", (4, 1))
+    with pytest.raises(ValueError, match=r"'half' must leave some points observed .* got 0 of 1 observed"):
+        completion_mask("half", (1, 1))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (1, 4), (1, 1, 4)])
+def test_axes_of_size_one_are_hidden_or_shown_as_a_whole(shape: tuple[int, ...]) -> None:
+    assert completion_mask("half", shape).flatten().tolist() == [True, True, False, False]
+    assert completion_mask("patch", shape).flatten().tolist() == [True, False, False, True]
+    assert completion_mask("outside", shape).flatten().tolist() == [False, True, True, False]
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

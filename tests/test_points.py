@@ -411,3 +411,22 @@ def test_domain_spans_the_unit_interval(numbers, stretch, shift):
     assert ((coords - offset).abs().amax(0) <= scale + 1e-6 * size).all()
     extent = (coords.amax(0) - coords.amin(0)) / 2
     assert scale.max() <= max(1.0, float(extent.max()) * (1 + 1e-6)) and scale.min() > 0
+
+
+def test_an_axis_of_size_one_leaves_the_others_their_extent() -> None:
+    line = torch.linspace(-1, 1, 5)
+    assert torch.equal(grid_coords((1, 5)), torch.stack([torch.full((5,), -1.0), line], -1))
+    assert torch.equal(grid_coords((5, 1)), torch.stack([line, torch.full((5,), -1.0)], -1))
+    assert torch.equal(grid_coords((1, 3, 1), scale=2)[:, 1], line)
+
+
+def test_subsample_leaves_every_function_its_points() -> None:
+    mask = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.2
+    points = PointSet(torch.rand(40, 2), torch.rand(6, 40, 1), mask)
+    for seed in range(20):
+        plain = points.subsample(8, torch.Generator().manual_seed(seed))
+        kept = points.subsample(8, torch.Generator().manual_seed(seed), at_least=3)
+        assert int(kept.mask.sum(1).min()) >= 3
+        assert {*map(tuple, plain.coords.tolist())} <= {*map(tuple, kept.coords.tolist())}
+        if int(plain.mask.sum(1).min()) >= 3:
+            assert torch.equal(plain.coords, kept.coords)
