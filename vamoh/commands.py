@@ -69,7 +69,7 @@ class Run:
             dataset = open_dataset(**vars(self.config.data))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (data that moved are named by --data.path)") from error
-        if "data" in self.facts:
+        if isinstance(self.facts.get("data"), dict):
             check_data(self.facts["data"], dataset, self.folder)
         return dataset
 
@@ -342,7 +342,8 @@ def open_run(run: Path, device: str, seed: int, data: str | None = None) -> Run:
     model = checkpoint.load(run, place)
     if data is not None:
         config = replace(config, data=replace(config.data, path=data))
-    return Run(run, config, model, place, seed, checkpoint.load_training_state(run))
+    facts = checkpoint.load_training_state(run)
+    return Run(run, config, model, place, seed, {name: facts[name] for name in ("data", "domain") if name in facts})
 
 
 def summarize(run: Run) -> str:

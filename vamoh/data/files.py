@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from vamoh._shown import reason
+
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 EDGE = 1e-6
@@ -32,12 +34,7 @@ def reading(path: object, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # readers of damaged files raise of all kinds
-        raise ValueError(f"{path}: must be a readable {kind}, got {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise ValueError(f"{path}: must be a readable {kind}, got {type(error).__name__}: {reason(error)}") from error
 
 
 def check_packed(path: object, size: int, packed: int) -> None:
