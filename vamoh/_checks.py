@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -154,6 +156,32 @@ def check_device(where: str, device: str | torch.device) -> torch.device:
             f"{where}: device must be one this machine has, got {shown(str(device))} ({reason(error)})"
         ) from error
     return found
+
+
+def check_memory(where: str, what: str, size: int, device: torch.device | None = None) -> None:
+    """Raise ValueError when `size` bytes are more than the whole memory of the device (the CPU's by default)."""
+    cuda = device is not None and device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else memory()
+    if size > total:
+        raise ValueError(f"{where}: {what} would take {_bytes(size)} of memory, this machine has {_bytes(total)}")
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has, or that its control group leaves to this process."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return 1 << 63
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return total
+
+
+def _bytes(size: int) -> str:
+    return f"{size} bytes ({size / 1e9:,.1f} GB)"
 
 
 def check_choice(where: str, name: str, value: str, choices: Sequence[str]) -> str:

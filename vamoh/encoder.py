@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
 from vamoh._checks import check_type, may_look
+from vamoh._initial import linear_layer
 from vamoh.ops._backend import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
@@ -48,26 +50,32 @@ class PointConvLayer(nn.Module):
     """A weight net on neighbour offsets, contraction with their features, a linear layer."""
 
     def __init__(
-        self, encoded_dim: int, in_channels: int, out_channels: int, weight_net: Sequence[int], slope: float | None
+        self,
+        encoded_dim: int,
+        in_channels: int,
+        out_channels: int,
+        weight_net: Sequence[int],
+        slope: float | None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         widths = [encoded_dim, *weight_net]
-        self.weight_net = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.linear = nn.Linear(in_channels * widths[-1], out_channels)
+        self.weight_net = nn.ModuleList(linear_layer(a, b, generator) for a, b in pairwise(widths))
+        self.linear = linear_layer(in_channels * widths[-1], out_channels, generator)
         self.slope = slope
         self._composed: ContentCache[tuple[Tensor, Tensor]] = ContentCache(1)
 
     @torch.no_grad()
-    def keep_scale(self, neighbors: int) -> None:
+    def keep_scale(self, neighbors: int, generator: torch.Generator | None) -> None:
         """Initialise so that features leave at about the scale they came with, whatever the sizes."""
         layers = self._weight_layers()
         for layer in layers:
-            nn.init.normal_(layer.weight, 0, 1 / math.sqrt(layer.in_features))
-        nn.init.normal_(layers[-1].bias)
+            nn.init.normal_(layer.weight, 0, 1 / math.sqrt(layer.in_features), generator)
+        nn.init.normal_(layers[-1].bias, generator=generator)
         # Neighbours share the bias and the centroid's part of the offset, so their weights add up.
         layers[-1].weight.div_(neighbors)
         layers[-1].bias.div_(neighbors)
-        nn.init.normal_(self.linear.weight, 0, math.sqrt(2 / (1 + SLOPE**2) / self.linear.in_features))
+        nn.init.normal_(self.linear.weight, 0, math.sqrt(2 / (1 + SLOPE**2) / self.linear.in_features), generator)
 
     def forward(
         self,
@@ -137,6 +145,7 @@ class Encoder(nn.Module):
         weight_net: Sequence[int],
         weight_net_slope: float | None,
         published: bool,
+        generator: torch.Generator | None = None,
     ) -> None:
         """`published`: default linear initialisation. Otherwise features keep their scale and q(z) starts narrow."""
         super().__init__()
@@ -144,15 +153,17 @@ class Encoder(nn.Module):
         self.convs = nn.ModuleList()
         for stage in self.stages:
             if stage.channels is not None:
-                self.convs.append(PointConvLayer(encoded_dim, channels, stage.channels, weight_net, weight_net_slope))
+                self.convs.append(
+                    PointConvLayer(encoded_dim, channels, stage.channels, weight_net, weight_net_slope, generator)
+                )
                 channels = stage.channels
-        self.head = nn.Linear(self.stages[-1].centroids * channels, 2 * latent_dim)
+        self.head = linear_layer(self.stages[-1].centroids * channels, 2 * latent_dim, generator)
         if not published:
             convs = (stage for stage in self.stages if stage.channels is not None)
             for conv, stage in zip(self._conv_layers(), convs, strict=True):
-                conv.keep_scale(stage.neighbors)
+                conv.keep_scale(stage.neighbors, generator)
             with torch.no_grad():
-                self.head.weight[:latent_dim].normal_(0, 1 / math.sqrt(self.head.in_features))
+                self.head.weight[:latent_dim].normal_(0, 1 / math.sqrt(self.head.in_features), generator=generator)
                 self.head.weight[latent_dim:].zero_()
                 self.head.bias[latent_dim:].fill_(INITIAL_LOG_VARIANCE)
 

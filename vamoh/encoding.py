@@ -40,9 +40,11 @@ class FourierFeatures(nn.Module):
     are then part of the state.
     """
 
-    def __init__(self, coord_dim: int, frequencies: int, scale: float, learn: bool) -> None:
+    def __init__(
+        self, coord_dim: int, frequencies: int, scale: float, learn: bool, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
-        self._fill(torch.randn(frequencies, coord_dim) * scale, learn)
+        self._fill(torch.randn(frequencies, coord_dim, generator=generator) * scale, learn)
 
     @classmethod
     def of(cls, frequencies: Tensor) -> FourierFeatures:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vamoh._initial import linear_layer
 from vamoh.ops.gating import gating, gating_coords
 
 SLOPE = 0.1
@@ -23,20 +25,27 @@ class Gating(nn.Module):
     """
 
     def __init__(
-        self, encoded_dim: int, channels: int, latent_dim: int, widths: Sequence[int], components: int, bounded: bool
+        self,
+        encoded_dim: int,
+        channels: int,
+        latent_dim: int,
+        widths: Sequence[int],
+        components: int,
+        bounded: bool,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         sizes = [*widths, components]
-        self.by_coords = nn.Linear(encoded_dim, sizes[0])
-        self.by_value = nn.Linear(channels, sizes[0], bias=False) if channels else None
-        self.by_z = nn.Linear(latent_dim, sizes[0], bias=False)
-        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.by_coords = linear_layer(encoded_dim, sizes[0], generator)
+        self.by_value = linear_layer(channels, sizes[0], generator, bias=False) if channels else None
+        self.by_z = linear_layer(latent_dim, sizes[0], generator, bias=False)
+        self.rest = nn.ModuleList(linear_layer(a, b, generator) for a, b in pairwise(sizes))
         self.bounded = bounded
         bound = 1 / math.sqrt(encoded_dim + channels + latent_dim)
         for parameter in (*self.by_coords.parameters(), *self.by_z.parameters()):
-            nn.init.uniform_(parameter, -bound, bound)
+            nn.init.uniform_(parameter, -bound, bound, generator)
         if self.by_value is not None:
-            nn.init.uniform_(self.by_value.weight, -bound, bound)
+            nn.init.uniform_(self.by_value.weight, -bound, bound, generator)
 
     def forward(self, encoded: Tensor, z: Tensor, values: Tensor | None = None) -> Tensor:
         """Log-probabilities [B, K, N] of the components.

@@ -24,7 +24,13 @@ class Hypernet(nn.Module):
     """K MLPs [Z, *widths, P] with LeakyReLU, their weights stacked as [K, out, in]."""
 
     def __init__(
-        self, latent_dim: int, components: int, widths: Sequence[int], inr_widths: Sequence[int], published: bool
+        self,
+        latent_dim: int,
+        components: int,
+        widths: Sequence[int],
+        inr_widths: Sequence[int],
+        published: bool,
+        generator: torch.Generator | None = None,
     ) -> None:
         """`published`: default linear initialisation, as the published code.
 
@@ -36,23 +42,23 @@ class Hypernet(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b in pairwise(sizes):
             bound = 1 / math.sqrt(a)
-            self.weights.append(torch.empty(components, b, a).uniform_(-bound, bound))
-            self.biases.append(torch.empty(components, b).uniform_(-bound, bound))
+            self.weights.append(torch.empty(components, b, a).uniform_(-bound, bound, generator=generator))
+            self.biases.append(torch.empty(components, b).uniform_(-bound, bound, generator=generator))
         if not published:
             with torch.no_grad():
                 for i, weight in enumerate(self.weights):
                     weight.mul_(math.sqrt(3) if i == 0 else math.sqrt(6 / (1 + SLOPE**2)))  # unit variance
-                self._scale_to_inr(inr_widths)
+                self._scale_to_inr(inr_widths, generator)
 
-    def _scale_to_inr(self, inr_widths: Sequence[int]) -> None:
+    def _scale_to_inr(self, inr_widths: Sequence[int], generator: torch.Generator | None) -> None:
         layers = zip(
             unpack(self.weights[-1].mT, inr_widths), unpack(self.biases[-1], inr_widths), inr_widths[:-1], strict=True
         )
         for i, ((weight_by_z, bias_by_z), (weight, bias), fan_in) in enumerate(layers):
             last = i == len(inr_widths) - 2
             std = math.sqrt((1 if last else 2) / fan_in)  # of a layer that keeps the scale of its input
-            weight.normal_(0, std)
-            bias.normal_(0, std)
+            weight.normal_(0, std, generator=generator)
+            bias.normal_(0, std, generator=generator)
             weight_by_z.mul_(MODULATION * std)
             bias_by_z.mul_(MODULATION * std)
 

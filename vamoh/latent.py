@@ -65,12 +65,12 @@ class NormalPrior(nn.Module):
 class FlowPrior(nn.Module):
     """p(z): a planar flow of T layers over a trainable diagonal Gaussian (Sec. 3.1)."""
 
-    def __init__(self, latent_dim: int, layers: int, identity: bool) -> None:
+    def __init__(self, latent_dim: int, layers: int, identity: bool, generator: torch.Generator | None = None) -> None:
         """`identity` starts the flow near the identity; otherwise as the published code does, far off when deep."""
         super().__init__()
         bound = math.sqrt(2 / latent_dim)
-        self.w = nn.Parameter(torch.empty(layers, latent_dim).uniform_(-bound, bound))
-        u = torch.empty(layers, latent_dim).uniform_(-math.sqrt(2), math.sqrt(2))
+        self.w = nn.Parameter(torch.empty(layers, latent_dim).uniform_(-bound, bound, generator=generator))
+        u = torch.empty(layers, latent_dim).uniform_(-math.sqrt(2), math.sqrt(2), generator=generator)
         if identity:
             # w·u = log(e - 1) makes û vanish; a little noise across w breaks the symmetry of the layers
             along = self.w.detach() / self.w.detach().square().sum(-1, keepdim=True)

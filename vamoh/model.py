@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vamoh._cache import ContentCache
 from vamoh._checks import (
     check_choice,
+    check_memory,
     check_number,
     check_positive,
     check_seed,
@@ -21,6 +22,7 @@ from vamoh._checks import (
     may_look,
     trusted,
 )
+from vamoh._initial import own_generator
 from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures
@@ -194,21 +196,25 @@ class VaMoH(nn.Module):
         self.neighbor_metric, self.kl, self.kl_samples = neighbor_metric, kl, kl_samples
         self.use_flow = self.use_gating_prior = True
         stable = initialization == "stable"
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
-            self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies)
-            if len(coord_offset):
-                self.encoding.set_domain(torch.tensor(coord_offset), torch.tensor(coord_scale))
+        bounded = gating_bound == "tanh"
+
+        def build(draw: torch.Generator) -> None:
+            self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies, draw)
             encoded = self.encoding.out_dim
             self.encoder = Encoder(
-                encoded, channels, latent_dim, stages, weight_net, weight_net_slope, published=not stable
+                encoded, channels, latent_dim, stages, weight_net, weight_net_slope, not stable, draw
             )
-            self.prior = FlowPrior(latent_dim, flow_layers, identity=stable) if prior == "flow" else NormalPrior()
+            self.prior = FlowPrior(latent_dim, flow_layers, stable, draw) if prior == "flow" else NormalPrior()
             self.inr = Inr((encoded, *inr_widths, channels), inr_activation, inr_slope, inr_omega)
-            self.hypernet = Hypernet(latent_dim, components, hypernet_widths, self.inr.widths, published=not stable)
-            bounded = gating_bound == "tanh"
-            self.gating_prior = Gating(encoded, 0, latent_dim, gating_widths, components, bounded)
-            self.gating_posterior = Gating(encoded, channels, latent_dim, gating_widths, components, bounded)
+            self.hypernet = Hypernet(latent_dim, components, hypernet_widths, self.inr.widths, not stable, draw)
+            self.gating_prior = Gating(encoded, 0, latent_dim, gating_widths, components, bounded, draw)
+            self.gating_posterior = Gating(encoded, channels, latent_dim, gating_widths, components, bounded, draw)
+
+        with torch.device("meta"):  # of sizes alone, to know what it will take
+            _check_memory(self, build)
+        build(own_generator(seed))
+        if len(coord_offset):
+            self.encoding.set_domain(torch.tensor(coord_offset), torch.tensor(coord_scale))
         self.likelihood = Likelihood(
             likelihood,
             components,
@@ -650,6 +656,15 @@ def _(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int]) -> list[
         count = min(m, count)
         found += [coords.new_empty((batch, count, *more), dtype=torch.int64) for more in ((), (s,))]
     return found
+
+
+def _check_memory(model: nn.Module, build: Callable[[torch.Generator], None]) -> None:
+    """Raise ValueError where the parameters would take more memory than there is."""
+    try:
+        build(torch.Generator())
+    except RuntimeError as error:  # the number of bytes is beyond 64 bits
+        raise ValueError("VaMoH: the parameters would take more than 2^63 bytes of memory") from error
+    check_memory("VaMoH", "the parameters", sum(value.nbytes for value in model.state_dict().values()))
 
 
 def _stages(
