@@ -79,17 +79,16 @@ struct Kernel {
   decltype(&portable::backward) backward;
   decltype(&portable::score_panel) score;
   decltype(&portable::mix_panel) mix;
-  decltype(&portable::exponential) exponential;
   decltype(&portable::gather_panel) gather;
   decltype(&portable::scatter_panel) scatter;
   decltype(&portable::gather_rows) gather_rows;
 };
 
 Kernel kernel(Isa isa) {
-#define VAMOH_TABLE(isa)                                                                                      \
-  {                                                                                                           \
-    &isa::forward, &isa::backward, &isa::score_panel, &isa::mix_panel, &isa::exponential, &isa::gather_panel, \
-        &isa::scatter_panel, &isa::gather_rows                                                                \
+#define VAMOH_TABLE(isa)                                                                                          \
+  {                                                                                                               \
+    &isa::forward, &isa::backward, &isa::score_panel, &isa::mix_panel, &isa::gather_panel, &isa::scatter_panel, \
+        &isa::gather_rows                                                                                         \
   }
 #if VAMOH_X86
   if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
@@ -495,9 +494,9 @@ void inr_mixture_mean(const InrMixture& mixture, const PointLikelihood& likeliho
     const Workspace work = plan.workspace(worker);
     float* largest = scratch.get() + worker * size * (2 * channels + 1);
     float *mixed = largest + size, *best = mixed + size * channels;
-    std::fill_n(largest, size, -1.0f);
+    std::fill_n(largest, size, 0.0f);
     std::fill_n(mixed, size * channels * 2, 0.0f);
-    alignas(64) float probability[kPanel];
+    alignas(64) float shares[kPanel];
     for (int64_t k = 0; k < components; k += plan.group) {
       const int64_t group = std::min(plan.group, components - k);
       plan.run.forward(plan.net, plan.parameters(b * components + k, group, worker), features, work);
@@ -505,12 +504,12 @@ void inr_mixture_mean(const InrMixture& mixture, const PointLikelihood& likeliho
         for (int64_t which = 0; which < group; ++which) {
           const float* row = log_pi + (b * components + k + which) * (uniform ? 1 : mixture.points);
           if (uniform)
-            std::fill_n(probability, kPanel, row[0]);
+            std::fill_n(shares, kPanel, row[0]);
           else
-            plan.run.gather(row, points.index, points.count, 1, probability);
-          plan.run.exponential(probability, kPanel);
-          plan.run.mix(likelihood.kind, channels, work.outputs + (i * group + which) * channels * kPanel, probability,
-                       points.count, largest + i * kPanel, mixed + i * channels * kPanel, best + i * channels * kPanel);
+            plan.run.gather(row, points.index, points.count, 1, shares);
+          plan.run.mix(likelihood.kind, channels, work.outputs + (i * group + which) * channels * kPanel, shares,
+                       points.count, k + which == 0, largest + i * kPanel, mixed + i * channels * kPanel,
+                       best + i * channels * kPanel);
         }
       });
     }

@@ -252,14 +252,14 @@ double score_panel(const Channel* channels, int64_t count, const float* outputs,
   return sum(value);
 }
 
-// mean += probability * mean of the outputs, and best = that mean where `probability` exceeds `largest`, at the first
-// `points` of a panel.
-void mix_panel(PointLikelihood::Kind kind, int64_t count, const float* outputs, const float* probability,
-               int64_t points, float* largest, float* mixed, float* best) {
+// mixed += e^log_pi * mean of the outputs, and best = that mean where log_pi exceeds `largest`, at the first `points` of
+// a panel. `first`: of all components. As in torch's argmax, NaN exceeds all; e^log_pi may round two values to one.
+void mix_panel(PointLikelihood::Kind kind, int64_t count, const float* outputs, const float* log_pi, int64_t points,
+               bool first, float* largest, float* mixed, float* best) {
   for (int64_t lane = 0; lane < points; lane += kLanes) {
-    const V p = load(probability + lane), most = load(largest + lane);
-    const Vi better = p > most;
-    store(largest + lane, better ? p : most);
+    const V share = load(log_pi + lane), most = load(largest + lane), p = exp(share);
+    const Vi better = first ? Vi{} - 1 : !(share <= most) & (most == most);
+    store(largest + lane, better ? share : most);
     for (int64_t c = 0; c < count; ++c) {
       const int64_t at = c * kPanel + lane;
       const V m = mean(kind, load(outputs + at));
@@ -267,10 +267,6 @@ void mix_panel(PointLikelihood::Kind kind, int64_t count, const float* outputs, 
       store(best + at, better ? m : load(best + at));
     }
   }
-}
-
-void exponential(float* values, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) store(values + i, exp(load(values + i)));
 }
 
 // Rows index[0 .. count) of matrix [*, width] as a panel [width][kPanel], and zeros.

@@ -527,6 +527,23 @@ def test_native_means_of_equally_probable_components():
 
 
 @needs_native
+def test_native_means_of_nearly_equally_probable_components(monkeypatch, isas):
+    """Log-probabilities one rounding apart, whose exponentials are one number or in the wrong order."""
+    theta = torch.tensor([[[0.0, 1.0], [0.0, 2.0]]])  # constants 1 and 2
+    less = -torch.linspace(0.3, 3.0, 1000)
+    more = torch.nextafter(less, torch.zeros(()))
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        for log_pi, best in (([less, more], 2.0), ([more, less], 1.0), ([less, torch.full((1000,), math.nan)], 2.0)):
+            arguments = theta, torch.zeros(1000, 1), torch.stack(log_pi)[None], Inr((1, 1)), Likelihood("bernoulli")
+            mean_map = inr_mixture_mean(*arguments, backend="cpu")[1]
+            torch.testing.assert_close(mean_map, torch.sigmoid(torch.tensor(best)).expand(1, 1000, 1))
+            assert torch.equal(
+                mean_map.round(decimals=3), inr_mixture_mean(*arguments, backend="reference")[1].round(decimals=3)
+            )
+
+
+@needs_native
 def test_native_takes_strided_arguments():
     arguments, mirror = native_case(3, 2, 70, (8, 5, 2), "mirrored")
     strided = [t.mT.contiguous().mT for t in arguments]
