@@ -25,7 +25,8 @@ struct PlanarFlow {
   float slope;  // of the leak, > 0
 };
 
-// Where the gradients go, shaped as the parameters. A null u: they are not wanted, and the others are not looked at.
+// Where the gradients go, shaped as the parameters. A null loc: they are not wanted, and the others are not looked
+// at. (u is null where there are no layers.)
 struct PlanarFlowGradient {
   float *u, *gain, *w, *b, *loc, *log_scale;
 };

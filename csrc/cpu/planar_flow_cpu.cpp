@@ -361,9 +361,9 @@ void log_prob_backward(const Kernel& k, const PlanarFlow& flow, const float* z, 
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < Z; ++j) rows[i * Z + j] = worker.inputs[j * kWidth + i];
     };
-    worker.accumulate(layout, here, grad + first, gradient.u, partial.get() + task * layout.size, fill, finish);
+    worker.accumulate(layout, here, grad + first, gradient.loc, partial.get() + task * layout.size, fill, finish);
   });
-  if (!gradient.u) return;
+  if (!gradient.loc) return;
   float* sums = partial.get() + tasks * layout.size;
   add_up(partial.get(), tasks, layout.size, sums);
   double n = 0;
@@ -376,7 +376,7 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
                        const PlanarFlowGradient& gradient, int64_t batch, int64_t samples, int threads) {
   const Prepared p = prepare(k, flow);
   const int64_t T = flow.layers, Z = flow.latent, chunk = samples_per_task(samples), tasks = divide_up(samples, chunk);
-  const bool differentiate = gradient.u || grad_mean;
+  const bool differentiate = gradient.loc || grad_mean;
   Layout layout(T, Z);
   if (!differentiate) layout.size = 1;
   const int64_t bytes = (tasks + 1) * layout.size * 4;
@@ -402,7 +402,7 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
       };
       worker.look(flow, p, mean + b * Z, std + b * Z);
       if (differentiate) {
-        worker.accumulate(layout, here, nullptr, gradient.u, out, fill, [](int64_t, int64_t, const Panel&) {});
+        worker.accumulate(layout, here, nullptr, gradient.loc, out, fill, [](int64_t, int64_t, const Panel&) {});
         return;
       }
       double total = 0;
@@ -444,7 +444,7 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
           grad_mean[b * Z + z] = static_cast<float>(-by_mean / n);
           grad_std[b * Z + z] = static_cast<float>(-by_std / n);
         }
-      if (gradient.u)
+      if (gradient.loc)
         parameter_gradients(k, p, layout, sums, n, 1 / n, mean + b * Z, std + b * Z, workers[id].product.get(),
                             {gradient.u + b * T * Z, gradient.gain + b * T, gradient.w + b * T * Z, gradient.b + b * T,
                              gradient.loc + b * Z, gradient.log_scale + b * Z});

@@ -201,9 +201,10 @@ void panel_samples(const Layers& f, const View& view, const Panel& p, const floa
   for (int64_t z = 0; z < f.latent; ++z)
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       float* const at = p.x + z * kPanel + lane;
-      const V x = load(at);
-      store(squares + lane, fma(x, x, load(squares + lane)));
-      store(at, fma(splat(view.scale[z]), x, splat(view.shift[z])));
+      const V x = load(at), base = fma(splat(view.scale[z]), x, splat(view.shift[z]));
+      const V standard = base - base == 0.0f ? x : (base - view.shift[z]) / view.scale[z];  // NaN and overflow reach the density too
+      store(squares + lane, fma(standard, standard, load(squares + lane)));
+      store(at, base);
     }
   forward(f, view, p, slope);
   stretches(f, p, -1, out);

@@ -488,6 +488,49 @@ def test_no_functions_and_no_samples(backend):
     assert not any(g.any() for g in torch.autograd.grad(none.sum(), parameters))
 
 
+def test_a_flow_without_layers_is_its_base(backend):
+    mean, std = (x.float() for x in case(5, 2, 3, 1)[:2])
+    flow = flow_of(0, 3, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (mean, std, *flow[:5])]
+    noise = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    flow = PlanarFlow(*leaves[2:])
+
+    def grads(value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    def expected() -> Tensor:
+        return normal_log_prob(mean + std * noise, flow.loc, flow.log_scale)
+
+    value = planar_flow_expected_log_prob(mean, std, flow, noise, backend=backend)
+    torch.testing.assert_close(value, expected().mean(0))
+    torch.testing.assert_close(grads(value), grads(expected().mean(0)))
+    each = planar_flow_log_prob((mean + std * noise).flatten(0, 1), flow, backend=backend)
+    torch.testing.assert_close(each, expected().flatten())
+    torch.testing.assert_close(grads(each), grads(expected()))
+    with torch.no_grad():
+        base, log_p = planar_flow_sample(noise[:, 0], flow, backend=backend)
+        torch.testing.assert_close(base, flow.loc + flow.log_scale.exp() * noise[:, 0])
+        torch.testing.assert_close(log_p, normal_log_prob(base, flow.loc, flow.log_scale))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("noise", *PlanarFlow._fields[:5]) for value in (math.nan, math.inf)]
+    + [(name, 3e38) for name in ("noise", "loc", "log_scale")],
+)
+def test_samples_that_are_no_numbers_are_those_of_the_reference(isas, monkeypatch, name, value):
+    tensors = {**flow_of(4, 3, dtype=torch.float32)._asdict(), "noise": torch.randn(9, 3)}
+    tensors[name].view(-1)[1] = value
+    noise, flow = tensors.pop("noise"), PlanarFlow(**tensors)
+    expected = planar_flow_sample(noise, flow, backend="reference")
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        for a, b in zip(planar_flow_sample(noise, flow, backend="cpu"), expected, strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            if name in ("noise", "loc", "log_scale"):
+                assert torch.equal(a.isinf(), b.isinf())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_gradients_that_are_wanted_are_made(monkeypatch, dtype):
     made, op = [], torch.ops.vamoh.planar_flow_expected_log_prob.default

@@ -428,6 +428,8 @@ def _reference(
     by_loc = (weight[..., None] * standard).sum(0) * torch.exp(-log_scale)
     by_log_scale = (weight[..., None] * (standard.square() - 1)).sum(0)
     layers = [torch.stack(row, 1) for row in zip(*rows, strict=True)]
+    if not rows:
+        layers = [p.new_empty(len(by_loc), *p.shape) for p in (u_hat, gain, w, b)]
     return log_p, grad, [*layers, by_loc, by_log_scale]
 
 
