@@ -36,8 +36,29 @@ inline void encode_point(const float* x, const float* frequencies, int64_t padde
   }
 }
 
+// NaN where the phase 2 pi F x in radians overflows, as it does in plain torch; the cycles may not.
+inline void mark_overflow(const float* x, const float* frequencies, int64_t padded, int64_t dims, int64_t count,
+                          float* cosines, float* sines) {
+  for (int64_t f = 0; f < count; ++f) {
+    float phase = 0;
+    for (int64_t d = 0; d < dims; ++d) phase += x[d] * (6.28318531f * frequencies[d * padded + f]);
+    if (phase - phase != 0) cosines[f] = sines[f] = __builtin_nanf("");
+  }
+}
+
 void encode(const float* coords, const float* frequencies, int64_t padded, int64_t points, int64_t dims, int64_t count,
             float* out) {
-  for (int64_t n = 0; n < points; ++n)
-    encode_point(coords + n * dims, frequencies, padded, dims, count, out + n * 2 * count, out + n * 2 * count + count);
+  float highest = 0;
+  for (int64_t i = 0; i < dims * padded; ++i) {
+    const float size = __builtin_fabsf(frequencies[i]);
+    highest = size > highest ? size : highest;
+  }
+  for (int64_t n = 0; n < points; ++n) {
+    const float* x = coords + n * dims;
+    float *cosines = out + n * 2 * count, *sines = cosines + count;
+    encode_point(x, frequencies, padded, dims, count, cosines, sines);
+    float reach = 6.28318531f * highest;
+    for (int64_t d = 0; d < dims; ++d) reach += __builtin_fabsf(x[d]) * 6.3f * highest;
+    if (!(reach < 3e38f)) mark_overflow(x, frequencies, padded, dims, count, cosines, sines);
+  }
 }
