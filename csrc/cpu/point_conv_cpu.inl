@@ -242,10 +242,10 @@ void difference_rows(const float* table, const int64_t* neighbors, const int64_t
   for (int64_t m = m0; m < m1; ++m)
     for (int64_t q = 0; q < width; q += kLanes) {
       const int64_t left = width - q;
-      const V base = load_part(bias + q, left) - load_part(table + centroids[m] * width + q, left);
+      const V center = load_part(table + centroids[m] * width + q, left), added = load_part(bias + q, left);
       for (int64_t s = 0; s < count; ++s)
         store_part(to + (m * count + s) * width + q,
-                   load_part(table + neighbors[m * count + s] * width + q, left) + base, left);
+                   (load_part(table + neighbors[m * count + s] * width + q, left) - center) + added, left);
     }
 }
 

@@ -159,7 +159,7 @@ __global__ void difference(const float* table, const int64_t* neighbors, const i
     const int64_t own = s.index_shared ? pair % (s.centroids * s.neighbors) : pair;
     const int64_t centroid = centroids[s.index_shared ? row % s.centroids : row];
     const float* const values = table + (s.table_shared ? 0 : b * s.points * s.width) + q;
-    out[i] = values[neighbors[own] * s.width] + (bias[q] - values[centroid * s.width]);
+    out[i] = (values[neighbors[own] * s.width] - values[centroid * s.width]) + bias[q];
   });
 }
 

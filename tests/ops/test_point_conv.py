@@ -220,6 +220,13 @@ def test_differences_on_every_isa_and_thread_count(size, shared, isas, monkeypat
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+def test_differences_are_rounded_as_in_the_reference(host_backend):
+    arguments = single(difference_inputs(LARGER[4], False, True))
+    arguments[3] *= 1e7  # the bias first, and little would be left of the difference
+    expected = neighbor_difference(*arguments, backend="reference")
+    assert torch.equal(neighbor_difference(*arguments, backend=host_backend), expected)
+
+
 def test_gradients_of_differences():
     table, neighbors, centroids, bias = difference_inputs(SIZES[1], True, False)
     leaves = [t.requires_grad_() for t in (table, bias)]
