@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagConversionOff, Positional, arg
 
-from vamoh.compat.config import is_reference_config, load_reference_config, table
+from vamoh.compat.config import changes, is_reference_config, load_reference_config, table
 from vamoh.config import PRESETS, DataConfig, ModelConfig, TrainConfig, load_config
 
 DESCRIPTION = """VaMoH: learn distributions over functions from points.
@@ -153,7 +153,7 @@ class Convert:
     out: Path
     """run folder to write; with --to-reference the file"""
     config: Path | None = None
-    """YAML file the checkpoint was trained with; the config.yaml of its results folder holds its overrides"""
+    """YAML file the checkpoint was trained with; default: the config.yaml of its results, which holds the overrides"""
     to_reference: bool = False
     """write a checkpoint that the published code loads"""
 
@@ -247,6 +247,7 @@ def _messages() -> Iterator[None]:
 def _parse_train(args: list[str]) -> dict[str, Any]:
     """Options of `train`: the preset or file is found first, because it holds the defaults of all the others."""
     # Options that are read here may come as one word.
+    args = _without_cfg(args)
     pairs = [token.split("=", 1) if token.split("=")[0] in COMMON else [token] for token in args]
     source, rest = _split_source([token for pair in pairs for token in pair])
     resumed = _value_of(rest, "--resume")
@@ -265,9 +266,8 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
         pairs_of_theirs, rest = _split_overrides(rest)
         theirs = load_reference_config(source, pairs_of_theirs)
         config, device = theirs.config, theirs.device
-        print(f"{source}, a configuration of the published code:\n{table(theirs.rows)}", file=sys.stderr)
     else:
-        config = load_config(source)
+        theirs, config = None, load_config(source)
     options = tyro.cli(
         Train,
         prog="vamoh train PRESET|config.yaml",
@@ -279,6 +279,11 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
     if options.resume and options.out is not None and options.out != Path(options.resume):
         raise ValueError(f"train: --out must be left out or name the resumed run {options.resume}, got {options.out}")
     chosen = replace(config, data=options.data, model=options.model, train=options.train, seed=options.seed)
+    if theirs is not None:
+        lines = [f"{source}, a configuration of the published code:", table(theirs.rows, changes(config, chosen))]
+        if chosen.data != config.data and chosen.train.steps == config.train.steps:
+            lines.append(f"epochs are counted for {config.data.name}: --train.steps sets the steps for other data")
+        print("\n".join(lines), file=sys.stderr)
     return {
         "source": source,
         "config": chosen,
@@ -286,6 +291,16 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
         "device": options.device,
         "resume": options.resume is not None,
     }
+
+
+def _without_cfg(args: list[str]) -> list[str]:
+    """`--cfg FILE`, as the published code names its file, means FILE."""
+    for i, token in enumerate(args):
+        if token.startswith("--cfg="):
+            return [token.removeprefix("--cfg="), *args[:i], *args[i + 1 :]]
+        if token == "--cfg" and i + 1 < len(args):
+            return [args[i + 1], *args[:i], *args[i + 2 :]]
+    return args
 
 
 def _split_source(args: list[str]) -> tuple[str | None, list[str]]:

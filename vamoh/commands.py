@@ -22,7 +22,7 @@ import vamoh
 from vamoh import checkpoint, figures
 from vamoh._checks import check_choice, check_device
 from vamoh._files import whole_file, write_json, writing
-from vamoh.compat.config import load_reference_config
+from vamoh.compat.config import is_reference_config, load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_run_config
@@ -307,13 +307,26 @@ def convert(source: Path, *, out: Path, config: Path | None, to_reference: bool)
             raise ValueError("convert: config must be left out with --to-reference; the run folder has its own")
         save_reference(checkpoint.load(source), out)
         return _written(out)
-    if config is None:
+    beside = source.parent.parent / "config.yaml"  # RESULTS/ckpt/N.ckpt
+    if config is None and not is_reference_config(beside):
         raise ValueError("convert: config must name the YAML file that the checkpoint was trained with, got none")
-    conversion = convert_checkpoint(source, load_reference_config(config), out)
-    model = conversion.model
-    priors = f"flow prior {'on' if model.use_flow else 'off'}, gating prior {'on' if model.use_gating_prior else 'off'}"
+    used = beside if config is None else config
+    translation = load_reference_config(used)
+    conversion = convert_checkpoint(source, translation, out)
+    model, epochs = conversion.model, conversion.epoch + 1
+    step = epochs * translation.steps_per_epoch
     lines = [f"{row.status:8} {row.theirs or '(nothing)'} -> {row.ours}" for row in conversion.rows]
-    return "\n".join([*lines, f"epoch {conversion.epoch}: {priors}", _written(out)])
+    priors = f"flow prior {'on' if model.use_flow else 'off'}, gating prior {'on' if model.use_gating_prior else 'off'}"
+    lines.append(f"epoch {conversion.epoch}: {priors}, by {used}")
+    if is_reference_config(beside) and not beside.samefile(used):
+        lines.append(f"the run has a configuration of its own, with its overrides: --config {beside}")
+    elif not (model.use_flow and model.use_gating_prior) or step > translation.config.train.steps:
+        lines.append("a run with overrides has them in the config.yaml of its results: --config that file")
+    data, each = translation.config.data.name, translation.steps_per_epoch
+    lines.append(
+        f"step {step}: {epochs} epochs of {each} steps, counted for {data}, which stands in for the authors' data"
+    )
+    return "\n".join([*lines, _written(out)])
 
 
 def info() -> str:

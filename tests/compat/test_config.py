@@ -257,7 +257,7 @@ def test_command_line(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert asked["config"] == expected
     assert (asked["out"], asked["device"], asked["source"]) == (Path("folder"), "cpu", path)
     shown = capsys.readouterr().err
-    assert "optim.max_epoch 2 -> train.steps" in shown and "without effect" in shown
+    assert "optim.max_epoch 2 -> not used: --train.steps 9" in shown and "without effect" in shown
     assert parse(["train", path, "device", "cuda:1"], monkeypatch)["device"] == "cuda:1"
     assert parse(["train", path, "device", "cuda:1", "--device", "cpu"], monkeypatch)["device"] == "cpu"
 
@@ -266,3 +266,28 @@ def test_command_line_errors_are_one_line(write: Write, capsys: pytest.CaptureFi
     assert cli.main(["train", str(write()), "train.epochs", "2"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "unknown key train.epochs" in error
+
+
+def test_what_stands_in_place_of_the_file_is_told(
+    write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(write()), "--data.name", "arrays", "--data.path", "mine.npy", "--train.gating_warmup", "3"]
+    parse(words, monkeypatch)
+    shown = capsys.readouterr().err
+    assert "dataset.name 'PolyMNIST' -> not used: --data.name arrays\n" in shown
+    assert "train.flow_warmup (4), train.gating_warmup (6); --train.gating_warmup 3" in shown
+    assert "epochs are counted for polymnist: --train.steps sets the steps for other data" in shown
+    parse([*words, "--train.steps", "9"], monkeypatch)
+    shown = capsys.readouterr().err
+    assert "-> not used: --train.steps 9\n" in shown and "epochs are counted" not in shown
+    parse(words[:2], monkeypatch)
+    assert "not used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_cfg_names_the_file(write: Write, monkeypatch: pytest.MonkeyPatch, joined: bool) -> None:
+    path = str(write())
+    option = [f"--cfg={path}"] if joined else ["--cfg", path]
+    wanted = parse(["train", path, "optim.max_epoch", "2", "--seed", "4"], monkeypatch)
+    assert parse(["train", *option, "optim.max_epoch", "2", "--seed", "4"], monkeypatch) == wanted
+    assert parse(["train", "--seed", "4", *option, "optim.max_epoch", "2"], monkeypatch) == wanted

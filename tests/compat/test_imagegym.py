@@ -231,7 +231,7 @@ def test_a_training_script(write: Write, task: str, dims: tuple[int, ...], repla
     model.create_meta_model()
     assert not model.fparams[0].is_cuda
     model.set_input_scaler(object())
-    assert model.print_params_count() == sum(p.numel() for p in model.parameters())
+    model.print_params_count()
     optimizer = torch.optim.Adam(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-3)
     data = torch.rand(3, *dims)
     if task == "era5_polar":
@@ -365,3 +365,88 @@ def test_bad_batches(write: Write) -> None:
         model([torch.rand(2, 3, 9, 7) * 255, None])
     with pytest.raises(ValueError, match="mask must be None"):
         model.sample([1], (9, 7), model.create_outcoordinates((9, 7)), mask=torch.ones(9, 7))
+
+
+def spent(action: Callable[[], Any]) -> torch.Tensor:
+    """State of the global generator after an action that starts at seed 5."""
+    torch.manual_seed(5)
+    action()
+    return torch.get_rng_state()
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "ber", "cb"])
+def test_every_method_draws_what_the_reference_draws(write: Write, likelihood: str) -> None:
+    """The reference draws values of every component when it reconstructs, and does not use them."""
+    cfg = yaml.safe_load(write(likelihood=likelihood, pool=(16, 4)).read_text())
+    model = VAMOH(**arguments(cfg, "image", [3, 9, 7]))
+    data, finer = torch.rand(2, 3, 9, 7), (17, 13)
+    coords, values = model._to_coordinates_and_features(data)
+    out, mask = model.create_outcoordinates(finer, 2), torch.ones(9, 7, dtype=torch.bool)
+    logits = torch.randn(2, 3, *finer, model.K)
+
+    def reference() -> None:
+        if likelihood == "ber":
+            torch.distributions.Bernoulli(logits=logits).sample()
+        elif likelihood == "cb":
+            torch.distributions.ContinuousBernoulli(logits=logits).sample()
+
+    def reconstruct() -> None:
+        model.reconstruct([coords, values], finer, out, mask)
+
+    nothing = spent(lambda: None)
+    assert torch.equal(spent(reconstruct), spent(reference))
+    assert torch.equal(spent(reconstruct), nothing) == (likelihood == "logistic")
+    assert torch.equal(spent(lambda: model.sample([2], finer, out)), spent(lambda: torch.randn(2, 4)))
+    for quiet in (
+        lambda: model.sample([2], finer, out, z=torch.zeros(2, 4)),
+        lambda: model.create_outcoordinates(finer, 2),
+        lambda: model._to_coordinates_and_features(data),
+        model.create_meta_model,
+        model.print_params_count,
+        lambda: model.set_input_scaler(object()),
+        lambda: model.load_state_dict(model.state_dict()),
+    ):
+        assert torch.equal(spent(quiet), nothing)
+    numpy = np.random.get_state()[1].copy()
+    reconstruct()
+    assert np.array_equal(np.random.get_state()[1], numpy)
+    model.replay = False
+    assert torch.equal(spent(reconstruct), nothing)
+
+
+def test_a_bernoulli_measures_the_range_of_its_data(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the reference's order of drawing; only of data that it does not take to be in [0, 1]."""
+    cfg = yaml.safe_load(write(likelihood="ber", pool=(16, 4)).read_text())
+    data = torch.utils.data.TensorDataset(torch.rand(70, 3, 9, 7) * 0.5 + 0.25, torch.zeros(70))
+    module = types.ModuleType("imagegym.config")
+    module.cfg = types.SimpleNamespace(model={}, params_nf=cfg["params_nf"], dataset={"name": "shapes3d"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "imagegym.config", module)
+    model = VAMOH(**arguments(cfg, "image", [3, 9, 7]))
+
+    def reference() -> None:
+        list(torch.utils.data.DataLoader(data, batch_size=64, shuffle=True))
+
+    assert torch.equal(spent(lambda: model.set_input_scaler(data)), spent(reference))
+    values = model._to_coordinates_and_features(data.tensors[0])[1]
+    low, high = data.tensors[0].aminmax()
+    torch.testing.assert_close(values, ((data.tensors[0] - low) / (high - low)).flatten(2).mT)
+    torch.testing.assert_close(model.input_scaler.inverse_transform(values).mT.unflatten(2, (9, 7)), data.tensors[0])
+    module.cfg.dataset["name"] = "PolyMNIST"  # type: ignore[attr-defined]
+    model = VAMOH(**arguments(cfg, "image", [3, 9, 7]))
+    assert torch.equal(spent(lambda: model.set_input_scaler(data)), spent(lambda: None))
+    assert model.input_scaler.transform(low) == low
+
+
+def test_parameters_are_counted_as_in_the_reference(golden: Any) -> None:
+    """Networks of its encoder, its gating and its hypernetworks, by the names of its state."""
+    model, lines = of_golden(golden), []
+    parts = ("encoder_z.", "prior_cat_encoder.", "post_cat_encoder.")
+    wanted = {part: sum(v.numel() for n, v in golden.state().items() if n.startswith(part)) for part in parts}
+    wanted["hyper_list."] = sum(
+        v.numel()
+        for n, v in golden.state().items()
+        if n.startswith("hyper_list.") and ".mlp.layers" in n and "function" not in n
+    )
+    assert model.print_params_count(types.SimpleNamespace(info=lines.append)) == sum(wanted.values())
+    assert lines[-1] == f"Num of total parameters: {sum(wanted.values())}"
+    assert f"\tNum parameters encoder_z: {wanted['encoder_z.']}" in lines

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,27 @@ def test_the_first_gating_layer_is_cut_where_its_inputs_meet(write: Write) -> No
     assert torch.equal(weight[:, :12], net.by_coords.weight)
     assert torch.equal(weight[:, 12:15], net.by_value.weight)
     assert torch.equal(weight[:, 15:], net.by_z.weight)
+
+
+def test_the_configuration_of_the_results_is_found(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RESULTS/ckpt/N.ckpt has its overrides in RESULTS/config.yaml: another file may keep the priors off."""
+    theirs = load_reference_config(write())
+    results = tmp_path / "results"
+    (results / "ckpt").mkdir(parents=True)
+    path = save(results / "ckpt" / "1.ckpt", to_reference(model_of(theirs.config, 2, 3)), epoch=1)
+    base, own = write().read_text(encoding="utf-8"), results / "config.yaml"
+    assert cli.main(["convert", str(path), "--config", str(write()), "--out", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "prior off" in shown and "a run with overrides has them in the config.yaml of its results" in shown
+    assert (
+        f"step {2 * theirs.steps_per_epoch}: 2 epochs of {theirs.steps_per_epoch} steps, counted for polymnist" in shown
+    )
+    own.write_text(re.sub(r"scenerio_end: \[.*\]", "scenerio_end: [1, 1]", base), encoding="utf-8")
+    assert cli.main(["convert", str(path), "--config", str(write()), "--out", str(tmp_path / "b")]) == 0
+    assert f"with its overrides: --config {own}" in capsys.readouterr().out
+    assert cli.main(["convert", str(path), "--out", str(tmp_path / "c")]) == 0
+    shown = capsys.readouterr().out
+    assert f"epoch 1: flow prior on, gating prior on, by {own}" in shown and "overrides" not in shown
+    assert load(tmp_path / "c").use_flow and not load(tmp_path / "b").use_flow

@@ -16,7 +16,7 @@ import yaml
 
 from vamoh._files import read_file, reading
 from vamoh._shown import shown
-from vamoh.config import BetaConfig, BoundedLoader, Config, DataConfig, ModelConfig, TrainConfig
+from vamoh.config import BetaConfig, BoundedLoader, Config, DataConfig, ModelConfig, TrainConfig, config_to_dict
 
 Status = Literal["mapped", "without effect", "corrected"]
 
@@ -393,10 +393,35 @@ def translate_model(given: Mapping[str, Any], coord_dim: int) -> ModelConfig:
     return _model(_Keys(values), images=coord_dim == 2)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Lay out what became of every key."""
-    kept = list(rows)
-    lines = [f"  {row.key} {row.value!r} -> {row.text}" for row in kept if row.status == "mapped"]
+_OURS = re.compile(r"(?<!-)\b(?:data|model|train)(?:\.\w+)+")
+"""Keys of ours in the text of a row, but not options that it advises."""
+
+
+def changes(left: Config, right: Config) -> dict[str, Any]:
+    """Values of `right`, plain, by the dotted keys in which it differs from `left`."""
+
+    def flat(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in content.items():
+            found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        return found
+
+    before, after = (flat(config_to_dict(config), "") for config in (left, right))
+    return {key: value for key, value in after.items() if value != before[key]}
+
+
+def table(rows: Iterable[Row], instead: Mapping[str, Any] | None = None) -> str:
+    """Lay out what became of every key; instead: values by our dotted keys that are taken in place of the file's."""
+    kept, instead = list(rows), instead or {}
+    lines = []
+    for row in kept:
+        if row.status == "mapped":
+            ours = _OURS.findall(row.text)
+            taken = " ".join(f"--{key} {instead[key]}" for key in ours if key in instead)
+            text = (
+                f"not used: {taken}" if taken and instead.keys() >= set(ours) else f"{row.text}{taken and '; ' + taken}"
+            )
+            lines.append(f"  {row.key} {row.value!r} -> {text}")
     lines += [f"  {row.text}" for row in kept if row.status == "corrected"]
     reasons: dict[str, list[str]] = {}
     for row in kept:

@@ -27,6 +27,8 @@ from vamoh.model import Neighborhoods, Noise, VaMoH
 from vamoh.points import PointSet, to_grid
 
 TASKS = ("image", "era5_polar", "voxels_chairs")
+FITTED = ("celebahq256", "shapes3d", "shapes3d_10", "shapes3d_50", "era5")
+"""Data sets whose range the published code measures for a Bernoulli likelihood."""
 
 
 class VAMOH(nn.Module):
@@ -195,6 +197,8 @@ class VAMOH(nn.Module):
         at = index[tuple(slice(None, None, step) for _ in resolution)][mask.to(index.device)]
         posterior = self.vamoh.encode(points, neighborhoods=self._search(points.coords))
         result = self.vamoh.reconstruct(points, out_coordinates[0], z=posterior.mean, posterior_at=at)
+        if self.replay:
+            self._draw_values(points, resolution)
         distribution = torch.distributions.Normal(posterior.mean, posterior.std)
         return self._maps(result, resolution), {"mean_z": posterior.mean, "qz_x": distribution}
 
@@ -206,7 +210,15 @@ class VAMOH(nn.Module):
         """Nothing to do: the coordinate networks have no copies."""
 
     def set_input_scaler(self, dataset: Any) -> None:
-        """Nothing to do: the data are in [0, 1] and stay so; `forward` checks."""
+        """Leave data in [0, 1] as they are; for a Bernoulli of `FITTED` data, find the range to bring there.
+
+        As the published code it goes through all batches of the data set for that, in an order that it draws.
+        """
+        settings = _global("dataset")
+        if self.vamoh.likelihood.op.kind == "bernoulli" and settings is not None and settings["name"] in FITTED:
+            loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
+            bounds = [batch[0].aminmax() for batch in loader]
+            self.input_scaler = Scaler(min(float(b.min) for b in bounds), max(float(b.max) for b in bounds))
 
     def _encoder_to_inference(self, mode: str) -> None:
         """Nothing to do: neighbours always belong to the points at hand."""
@@ -217,10 +229,19 @@ class VAMOH(nn.Module):
         return coords.expand(len(values), -1, -1), values
 
     def print_params_count(self, log: Any = logging) -> int:
-        """Log and return the number of parameters."""
-        count = sum(p.numel() for p in self.parameters())
-        log.info(f"Num of total parameters: {count}")
-        return count
+        """Log and return the number of parameters as the published code counts them: without the prior over latents."""
+        parts = {
+            "encoder_z": self.vamoh.encoder,
+            "prior_cat_encoder": self.vamoh.gating_prior,
+            "post_cat_encoder": self.vamoh.gating_posterior,
+            "hyper": self.vamoh.hypernet,
+        }
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        for name, count in counts.items():
+            log.info(f"\tNum parameters {name}: {count}")
+        total = sum(counts.values())
+        log.info(f"Num of total parameters: {total}")
+        return total
 
     @property
     def fparams(self) -> tuple[Tensor, ...]:
@@ -290,6 +311,15 @@ class VAMOH(nn.Module):
             rate = np.random.uniform(0, missingness)
         return torch.from_numpy(np.random.rand(*shape) > rate).flatten().to(data.device)
 
+    def _draw_values(self, points: PointSet, resolution: Sequence[int]) -> None:
+        """Spend the random numbers of values that the published code draws at every point and does not use."""
+        kind, like = self.vamoh.likelihood.op.kind, points.values
+        shape = (points.batch, points.channels, *resolution, self.K)
+        if kind == "bernoulli":
+            torch.bernoulli(like.new_zeros(shape))
+        elif kind == "continuous_bernoulli":
+            torch.rand(shape, dtype=like.dtype, device=like.device)
+
     def _noise(self, z: Tensor) -> Noise:
         if not self.vamoh.use_flow or self.distr_z == "normal":
             return Noise(z, z[None])  # the second is not used
@@ -357,15 +387,18 @@ class Prior:
 
 
 class Scaler:
-    """Data in [0, 1] stay as they are."""
+    """Data from `low` to `high` to [0, 1] and back."""
+
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+        self.low, self.high = low, high
 
     def transform(self, x: Tensor) -> Tensor:
         """Data to what the model sees."""
-        return x
+        return (x - self.low) / (self.high - self.low)
 
     def inverse_transform(self, x: Tensor) -> Tensor:
         """What the model gives to data."""
-        return x
+        return x * (self.high - self.low) + self.low
 
 
 class Grid:
