@@ -1075,5 +1075,6 @@ def test_sampling_that_cannot_work_is_told_once():
             fit.set_domain(coords)
             fit.elbo(PointSet(coords, values))
             build().eval().encode(PointSet(coords, values))
-    with pytest.warns(UserWarning, match="take a frequency_scale of at most .*, or more points"):
-        build(frequency_scale=9.0).elbo(PointSet(fine, values))
+    for coords in (fine, fine * 2):
+        with pytest.warns(UserWarning, match="take a frequency_scale of at most .*, or more points"):
+            build(frequency_scale=9.0).elbo(PointSet(coords, values))

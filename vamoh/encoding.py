@@ -117,7 +117,7 @@ class FourierFeatures(nn.Module):
         spacing = float(apart.amin(1).median())
         if spacing * frequency <= _MEDIAN_NYQUIST:
             return ""
-        if float(x.amin()) < -1.5 or float(x.amax()) > 1.5:
+        if extent > 3 and 2 / extent * spacing * frequency <= _MEDIAN_NYQUIST:
             reason = remedy
         else:
             reason = f"; take a frequency_scale of at most {_MEDIAN_NYQUIST / spacing:.2g}, or more points"
