@@ -37,7 +37,7 @@ KNOWS: dict[str, set[str]] = {
     "model": {"ops", *ROOMS},
     "data": {"points"},
     "checkpoint": {"config", "model"},
-    "train": {"checkpoint", "config", "data", "distributed", "elbo", "metrics", "model", "points", "runlog"},
+    "train": {"checkpoint", "config", "data", "distributed", "elbo", "masks", "metrics", "model", "points", "runlog"},
     "export": {"gating", "model", "ops", "points"},
     "evaluate": {"data", "masks", "metrics", "model", "points"},
     "compat": {"checkpoint", "config", "encoder", "gating", "generator", "latent", "model", "points"},

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from vamoh import checkpoint
-from vamoh.config import BetaConfig, Config, DataConfig, ModelConfig, TrainConfig, save_config
+from vamoh.config import BetaConfig, Config, ContextConfig, DataConfig, ModelConfig, TrainConfig, save_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import Workers, is_lost, join
 from vamoh.model import Noise, VaMoH
@@ -137,11 +137,15 @@ def job(folder: Path) -> None:
         torch.save(results, folder / f"rank{workers.rank}.pt")
 
 
+CONTEXT = ContextConfig(random=0.3, box=0.3, outside=0.2)
+
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "plain", {}),
     ("masked", "masked", {}),
     ("fixed", "masked", {"num_points": 20, "point_dropout": 0.0}),
     ("shard", "plain", {"shard": True}),
+    ("context", "plain", {"context": CONTEXT, "target": "all", "point_dropout": 0.0}),
+    ("context of masked", "masked", {"context": CONTEXT, "point_dropout": 0.3}),
 ]
 
 

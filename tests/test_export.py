@@ -41,6 +41,7 @@ DECODERS = {
 ENCODERS = {
     "encoded": {},
     "raw": {"neighbor_metric": "raw", "weight_net_slope": 0.2, "prior": "normal"},
+    "fixed": {"centroids": "fixed", "encoder_density": True},
     "pooled": {"pool_centroids": (8,), "pool_neighbors": (3,), "frequencies": 0},
 }
 
@@ -48,6 +49,8 @@ ENCODERS = {
 def build(name: str, variants: dict[str, Any]) -> VaMoH:
     model = VaMoH(**{**SIZES, **variants[name]})
     model.use_gating_prior = name != "warm-up"
+    if model.needs_centroids:
+        model.set_centroids(grid_coords((6, 6)))
     return model.double() if name == "raw" else model
 
 

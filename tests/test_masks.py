@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vamoh.masks import completion_mask
+from vamoh import grid_coords, sphere_grid
+from vamoh.masks import completion_mask, context_mask
 
 
 def test_patch_hides_a_centred_block_of_half_the_size() -> None:
@@ -86,3 +87,74 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "m.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"m\.png' cannot be read"):
         completion_mask(str(tmp_path / "m.png"), (2, 2))
+
+
+def context(**shares: float) -> torch.Tensor:
+    """Of 2000 functions on a 16 x 20 grid."""
+    coords = grid_coords((16, 20))
+    generator = torch.Generator().manual_seed(0)
+    return context_mask(coords, 2000, generator=generator, **shares).unflatten(1, (16, 20))
+
+
+def rectangle(mask: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """First and last row and column of what is True, if that is a full rectangle."""
+    rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
+    box = rows[0], rows[-1], columns[0], columns[-1]
+    full = mask[box[0] : box[1] + 1, box[2] : box[3] + 1].all() and int(mask.sum()) == len(rows) * len(columns)
+    return box if full else None
+
+
+def test_contexts_hide_points_at_random() -> None:
+    seen = context(random=1.0, rate=0.8).float().mean((1, 2))
+    # Rates are uniform from 0 to 0.8: mean 0.4, standard deviation of a share 0.23 and of the mean of 2000 0.005.
+    assert seen.mean().item() == pytest.approx(0.6, abs=0.02)
+    assert seen.min() < 0.25 and seen.max() > 0.97
+
+
+@pytest.mark.parametrize("kind", ["box", "outside", "half"])
+def test_contexts_are_boxes_and_halves(kind: str) -> None:
+    masks = context(**{kind: 1.0})
+    boxes = [rectangle(~mask if kind == "box" else mask) for mask in masks]
+    assert None not in boxes
+    extents = torch.tensor([(b - a, d - c) for a, b, c, d in boxes]) / torch.tensor([15, 19])  # type: ignore[misc]
+    corners = torch.tensor(boxes)
+    if kind == "half":
+        whole = extents > 0.99
+        assert (whole.sum(1) == 1).all() and 0.45 < whole[:, 0].float().mean() < 0.55
+        first = (corners[:, [0, 2]] == 0).all(1).float().mean()
+        assert 0.45 < first < 0.55  # the side that is seen
+        extents = extents[~whole]
+    assert extents.min() >= 0.25 - 2 / 15 and extents.max() <= 0.75
+    assert extents.mean().item() == pytest.approx(0.5 - 0.5 / 17 * (1 if kind == "half" else 2), abs=0.04)
+    assert len({tuple(box) for box in boxes if box}) > (20 if kind == "half" else 1000)
+
+
+def test_contexts_are_mixed_by_share() -> None:
+    masks = context(random=0.1, box=0.2, outside=0.3, half=0.1)
+    whole = masks.flatten(1).all(1)
+    # Standard deviation of a share of 2000: at most 0.011. A random rate near 0 leaves everything, too.
+    assert whole.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    boxes = torch.tensor([rectangle(~mask) is not None for mask in masks[~whole]])
+    assert boxes.float().sum().item() / 2000 == pytest.approx(0.3, abs=0.04)  # a half is hidden as a box, too
+
+
+def test_contexts_follow_the_generator_and_not_the_coordinates() -> None:
+    again = [context_mask(grid_coords((4, 5)), 7, box=0.5, random=0.5, generator=generator(3)) for _ in range(2)]
+    assert torch.equal(*again)
+    own = context_mask(grid_coords((4, 5)).expand(7, -1, -1), 7, box=0.5, random=0.5, generator=generator(3))
+    assert torch.equal(own, again[0])
+    moved = context_mask(5 + 3 * grid_coords((4, 5)).double(), 7, box=0.5, random=0.5, generator=generator(3))
+    assert torch.equal(moved, again[0])
+
+
+@pytest.mark.parametrize("coords", [grid_coords((5, 5, 5)), sphere_grid((7, 9)), torch.zeros(4, 1)])
+def test_contexts_of_any_domain(coords: torch.Tensor) -> None:
+    for kind in ("random", "box", "outside", "half"):
+        masks = context_mask(coords, 50, generator=generator(0), **{kind: 1.0})
+        assert masks.shape == (50, len(coords)) and masks.dtype == torch.bool
+        if len(coords) > 4:
+            assert masks.any() and not masks.all()
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -322,6 +322,36 @@ def test_masks_per_item_equal_every_item_alone(shared, pooled):
         assert (many.centroids[i, m:] == -1).all()
 
 
+@pytest.mark.parametrize("centroids", ["points", "fixed"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_context_hides_points_from_the_encoder_alone(centroids, masked):
+    model, points = build(centroids=centroids, encoder_centroids=(8, 4)), grid()
+    if centroids == "fixed":
+        model.set_centroids(points.coords)
+    if masked:
+        points = points.with_mask(torch.rand(3, 30, generator=seeded(1)) < 0.8)
+    context = masks(3, 30)
+    noise = stored(model.draw_noise(3, generator=seeded()))
+    result = model.elbo(points, context=context, noise=noise)
+    # The same from the parts: q(z) of what is seen, likelihood and gating of all points.
+    posterior = model.encode(points.with_mask(context if points.mask is None else points.mask & context))
+    z, features = posterior.sample(noise.z), model.encoding(points.coords)
+    log_q, log_p = model.gating_posterior(features, z, points.values), model.gating_prior(features, z)
+    log_q = torch.where(context[:, None], log_q, log_p)  # nothing knows the values that are hidden
+    logits = inr_mixture(model.hypernet(z), features, model.inr)
+    scale = model.likelihood.scale[:, None]
+    each = log_likelihood(model.likelihood.op, logits, points.values[:, None], scale).sum(-1)  # [B, K, N]
+    every = points.mask if masked else torch.ones(3, 30, dtype=torch.bool)
+    torch.testing.assert_close(result.log_likelihood, ((log_q.exp() * each).sum(1) * every).sum(1))
+    torch.testing.assert_close(result.kl_c, ((log_q.exp() * (log_q - log_p)).sum(1) * every).sum(1))
+    shared = context[0]
+    torch.testing.assert_close(
+        terms(model, points, noise, context=shared), terms(model, points, noise, context=shared.expand(3, -1))
+    )
+    everything = torch.ones(3, 30, dtype=torch.bool)
+    torch.testing.assert_close(terms(model, points, noise, context=everything), terms(model, points, noise))
+
+
 def test_padded_lists_equal_separate_ones():
     model, g, sizes = build(), seeded(), [20, 5, 11]
     coords = [torch.rand(n, 2, dtype=torch.float64, generator=g) for n in sizes]

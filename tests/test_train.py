@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from vamoh import checkpoint
-from vamoh.config import BetaConfig, Config, DataConfig, ModelConfig, TrainConfig, load_config
+from vamoh.config import BetaConfig, Config, ContextConfig, DataConfig, ModelConfig, TrainConfig, load_config
 from vamoh.data import Dataset, open_dataset
 from vamoh.data.dataset import grid_dataset
 from vamoh.metrics import psnr
@@ -282,6 +282,104 @@ def test_a_fixed_number_of_points(dataset: Dataset, tmp_path: Path) -> None:
     assert [e["points"] for e in entries if e["split"] == "train"] == [20, 20, 20]
 
 
+CONTEXT = ContextConfig(random=0.3, rate=0.7, box=0.3, outside=0.1, half=0.2)
+
+
+def watched(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[PointSet, Any]]:
+    """Points and context of every bound from now on."""
+    calls: list[tuple[PointSet, Any]] = []
+    original = trainer.model.elbo
+
+    def elbo(points: PointSet, context: Any = None, **kwargs: Any) -> Any:
+        calls.append((points, context))
+        return original(points, context=context, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "elbo", elbo)
+    return calls
+
+
+def test_the_encoder_sees_a_context_of_every_function(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_train(context=CONTEXT, target="all", point_dropout=0.0, batch_size=12)
+    trainer = Trainer(config, dataset)
+    calls = watched(trainer, monkeypatch)
+    for _ in range(4):
+        trainer.step()
+    contexts = torch.cat([context for _, context in calls])
+    assert contexts.shape == (48, 42) and all(points.mask is None and points.count == 42 for points, _ in calls)
+    shares = contexts.float().mean(1)
+    assert contexts.sum(1).min() >= trainer.model.min_points and len(shares.unique()) > 10
+    assert (shares == 1).any() and (shares < 0.6).any()
+
+
+def test_the_target_may_be_what_the_encoder_sees(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    every, seen = (
+        Trainer(with_train(context=CONTEXT, target=target, point_dropout=0.0), dataset)
+        for target in ("all", "observed")
+    )
+    calls, others = watched(every, monkeypatch), watched(seen, monkeypatch)
+    for _ in range(3):
+        every.step()
+        seen.step()
+    for (points, context), (other, nothing) in zip(calls, others, strict=True):
+        assert nothing is None and torch.equal(other.mask, context) and torch.equal(other.values, points.values)
+
+
+def test_a_context_respects_what_the_data_observe(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.rand(30, 42, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[0] = False
+    mask[0, :7] = True
+    trainer = Trainer(
+        with_train(context=replace(CONTEXT, outside=0.2), target="all", point_dropout=0.0), replace(dataset, mask=mask)
+    )
+    calls = watched(trainer, monkeypatch)
+    for _ in range(5):
+        trainer.step()
+    for points, context in calls:
+        assert not (context & ~points.mask).any() and context.sum(1).min() >= trainer.model.min_points
+        assert points.mask.sum() > context.sum()
+
+
+FIXED = replace(with_train(context=CONTEXT, target="all"), model=replace(CONFIG.model, centroids="fixed"))
+
+
+def test_fixed_centroids_cover_the_data(dataset: Dataset) -> None:
+    fixed = Trainer(FIXED, dataset).model.encoder.fixed
+    assert fixed is not None and fixed.is_set
+    assert (fixed.centroids[:, None] == dataset.coords).all(-1).any(1).all()
+    model = checkpoint.new_model(FIXED, 2, 1)
+    model.set_centroids(dataset.coords)
+    assert torch.equal(model.encoder.fixed.centroids, fixed.centroids)
+
+    seen = torch.rand(30, 42, generator=torch.Generator().manual_seed(0)) < 0.6
+    seen[:, :10] = False  # as land is in a field of the sea
+    fixed = Trainer(FIXED, replace(dataset, mask=seen)).model.encoder.fixed
+    assert not (fixed.sites.flatten(0, 1)[:, None] == dataset.coords[:10]).all(-1).any()
+
+    own = torch.rand(30, 42, 2, generator=torch.Generator().manual_seed(0))
+    own[~seen] = 5.0  # padding
+    for mask in (seen, None):
+        points = replace(dataset, kind="points", shape=(), coords=own, mask=mask)
+        fixed = Trainer(FIXED, points).model.encoder.fixed
+        train = dataset.splits["train"]
+        known = own[train].flatten(0, 1) if mask is None else own[train][mask[train]]
+        assert (fixed.centroids[:, None] == known).all(-1).any(1).all()
+        assert len(fixed.centroids.unique(dim=0)) == 12
+
+
+def test_a_model_with_centroids_keeps_them(dataset: Dataset) -> None:
+    model = checkpoint.new_model(FIXED, 2, 1)
+    model.set_centroids(dataset.coords + 0.25)
+    before = model.encoder.fixed.centroids.clone()
+    assert torch.equal(Trainer(FIXED, dataset, model=model).model.encoder.fixed.centroids, before)
+
+
+def test_contexts_and_centroids_resume_to_the_bit(dataset: Dataset, tmp_path: Path) -> None:
+    train(FIXED, tmp_path / "whole", progress=False)
+    train(with_train(FIXED, steps=8), tmp_path / "parts", progress=False)
+    train(FIXED, tmp_path / "parts", resume=True, progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_evaluation_disturbs_nothing_and_repeats(dataset: Dataset) -> None:
     a, b = Trainer(CONFIG, dataset), Trainer(CONFIG, dataset)
     assert a.evaluate() == a.evaluate()
@@ -368,6 +466,7 @@ def test_beta_schedules() -> None:
     assert values["quadratic"] == [0.0, 0.0, 0.125, 0.5, 2.0, 2.0]
     expected = [0.0, 0.0, 2 * (2**0.25 - 1), 2 * (2**0.5 - 1), 2.0, 2.0]
     assert values["exponential"] == pytest.approx(expected, rel=1e-15)
+    assert [beta_at(BetaConfig(1.0, "linear", 1.0, 5.0, initial=3.0), e) for e in (0, 1, 2, 5)] == [3.0, 3.0, 2.5, 1.0]
 
 
 @pytest.mark.parametrize("name", ["linear", "quadratic", "exponential"])

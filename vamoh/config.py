@@ -61,6 +61,10 @@ class ModelConfig:
     """what they are then divided by, along every axis"""
     neighbor_metric: Literal["encoded", "raw"] = "encoded"
     """coordinates in which neighbours are near"""
+    centroids: Literal["points", "fixed"] = "points"
+    """of the encoder: points of the cloud, or coordinates chosen once from the data's domain"""
+    encoder_density: bool = False
+    """the encoder sees values as 2y - 1, with a constant 1 beside them"""
     prior: Literal["normal", "flow"] = "flow"
     """p(z): standard normal or planar flow"""
     flow_layers: int = 10
@@ -151,9 +155,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BetaConfig:
-    """Weight of a KL term: 0 before epoch `start`, `value` from epoch `end` on, a ramp between.
+    """Weight of a KL term: `initial` before epoch `start`, `value` from epoch `end` on, a ramp between.
 
-    With t from 0 to 1 over the ramp the weight is value times t (linear), t² (quadratic) or 2^t - 1 (exponential).
+    With t from 0 to 1 over the ramp the way from one to the other is gone by t (linear), t² (quadratic) or 2^t - 1
+    (exponential).
     """
 
     value: float = 1.0
@@ -161,15 +166,49 @@ class BetaConfig:
     schedule: Literal["constant", "linear", "quadratic", "exponential"] = "constant"
     """shape of the ramp; constant: no ramp"""
     start: float = 0.0
-    """epoch at which the ramp leaves 0"""
+    """epoch at which the ramp leaves the initial weight"""
     end: float = 0.0
     """epoch at which the ramp reaches the final weight"""
+    initial: float = 0.0
+    """weight before the ramp"""
 
     def __post_init__(self) -> None:
         _check_types(self, "beta")
-        _check("beta", self, "value", self.value >= 0, "at least 0")
+        for name in ("value", "initial"):
+            _check("beta", self, name, getattr(self, name) >= 0, "at least 0")
         _check("beta", self, "start", self.start >= 0, "at least 0")
         _check("beta", self, "end", self.end >= self.start, f"at least beta.start ({self.start})")
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """What the encoder sees of a function in training: for which share of the functions it is which part.
+
+    The rest of the functions it sees whole. Sizes are drawn uniformly for each function.
+    """
+
+    random: float = 0.0
+    """share of functions of which points are hidden at random, at a rate from 0 to `rate`"""
+    rate: float = 0.9
+    """largest rate of `random`"""
+    box: float = 0.0
+    """share of functions with a hidden box, along every axis a quarter to three quarters of the domain"""
+    outside: float = 0.0
+    """share of functions of which only such a box is seen"""
+    half: float = 0.0
+    """share of functions of which one side is seen, a quarter to three quarters of the domain along one axis"""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "context")
+        for name in ("random", "rate", "box", "outside", "half"):
+            _check("context", self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        if self.random + self.box + self.outside + self.half > 1 + 1e-9:
+            _check("context", self, "random", False, "at most 1 together with box, outside and half")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every function is seen whole."""
+        return self.random + self.box + self.outside + self.half == 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +233,10 @@ class TrainConfig:
     """bfloat16: linear layers in it, by torch.autocast; the rest stays float32"""
     point_dropout: float = 0.0
     """each batch loses points at a rate drawn uniformly from 0 to this; 0: off"""
+    context: ContextConfig = field(default_factory=ContextConfig)
+    """what the encoder sees of each function"""
+    target: Literal["observed", "all"] = "observed"
+    """the likelihood is of the points that the encoder sees, or of all, those that `context` hides too"""
     num_points: int | None = None
     """exactly this many random points per batch; None: all"""
     flow_warmup: float = 0.0
@@ -399,7 +442,8 @@ def _build(base: T, content: Mapping[str, Any], section: str) -> T:
         return type(base)(**values)
     except (TypeError, ValueError) as error:
         # A BetaConfig does not know which of the two it is.
-        raise type(error)(str(error).replace(" beta.", f" {section}.")) from None
+        text = str(error).replace(" beta.", f" {section}.").replace(" context.", f" {section}.")
+        raise type(error)(text) from None
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,12 +84,16 @@ class PointConvLayer(nn.Module):
         centroids: Tensor,
         neighbors: Tensor,
         points: Tensor | None = None,
+        anchors: Tensor | None = None,
     ) -> Tensor:
         """Features [B, N, C] at encoded coordinates [B|1, N, E] to activated [B, M, O] at the centroids.
 
         points [B|1, N]: which of the encoded coordinates the features lie at; None: all in order.
+        anchors [1, A, E]: encoded coordinates without features, which `centroids` index behind the N points.
         """
         table, bias = self._first_layer(encoded)
+        if anchors is not None:
+            table = torch.cat([table, self._first_layer(anchors)[0].expand(table.shape[0], -1, -1)], 1)
         at = (neighbors, centroids) if points is None else (_select(points, neighbors), _select(points, centroids))
         w = neighbor_difference(table, *at, bias)  # [B|1, M, S, Q]
         if self.slope is not None:
@@ -129,11 +133,64 @@ def _composed(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
+class FixedCentroids(nn.Module):
+    """Centroids that do not depend on the points given, and the neighbours among them; NaN until `set`.
+
+    centroids [M, D] of the first stage; every later stage has the first of those of the stage before. sites [M, S, D]:
+    where the first stage looks: its neighbours are the observed points nearest to the sites of a centroid.
+    neighbors_i int64 [M, S]: of stage i among the centroids of the stage before.
+    """
+
+    def __init__(self, stages: Sequence[Stage], coord_dim: int) -> None:
+        super().__init__()
+        first = stages[0]
+        self.centroids: Tensor
+        self.sites: Tensor
+        self.register_buffer("centroids", torch.full((first.centroids, coord_dim), math.nan))
+        self.register_buffer("sites", torch.full((first.centroids, first.neighbors, coord_dim), math.nan))
+        for i, stage in enumerate(stages[1:], 1):
+            self.register_buffer(f"neighbors_{i}", torch.zeros(stage.centroids, stage.neighbors, dtype=torch.int64))
+        self.is_set = False
+
+    @torch.no_grad()
+    def set(self, coords: Tensor, metric: Tensor, table: Tensor | None, stages: Sequence[Stage]) -> None:
+        """Choose them among coords [N, D], by distances in metric [N, E] and table as in `Encoder.neighborhoods`.
+
+        Farthest-point samples: the first M of them are the sample of M points. Fewer points than that come repeatedly.
+        """
+        first = stages[0]
+        repeats = -(-max(first.centroids, first.neighbors) // len(coords))
+        coords, metric = coords.repeat(repeats, 1), metric.repeat(repeats, 1)
+        chosen = farthest_point_sample(metric, first.centroids, table=table)  # [M]
+        self.centroids.copy_(coords[chosen])
+        self.sites.copy_(coords[knn(metric, metric[chosen], first.neighbors, table=table)])
+        for i, (before, stage) in enumerate(pairwise(stages), 1):
+            points, queries = metric[chosen[: before.centroids]], metric[chosen[: stage.centroids]]
+            self.get_buffer(f"neighbors_{i}").copy_(knn(points, queries, stage.neighbors, table=table))
+        self.is_set = True
+
+    def neighborhoods(self, count: int, neighbors: Tensor) -> tuple[Neighborhood, ...]:
+        """One Neighborhood per stage, from the first stage's neighbors [B|1, M, S] among `count` points.
+
+        The first stage's centroids are numbered behind the points.
+        """
+        order = torch.arange(len(self.centroids), device=neighbors.device)[None]
+        result = [Neighborhood((order + count).expand(neighbors.shape[0], -1), neighbors)]
+        for name, later in self.named_buffers():
+            if name.startswith("neighbors_"):
+                result.append(Neighborhood(order[:, : len(later)], later[None]))
+        return tuple(result)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.is_set = not bool(self.centroids.isnan().any())
+
+
 class Encoder(nn.Module):
     """Stack of PointConv, LeakyReLU and average pooling, then one linear head to [mean, log-variance].
 
     The centroids of every stage are farthest-point samples of the points before, the neighbours the nearest of them,
-    both Euclidean in the coordinates given as metric.
+    both Euclidean in the coordinates given as metric; or they are fixed, see `FixedCentroids`.
     """
 
     def __init__(
@@ -146,10 +203,19 @@ class Encoder(nn.Module):
         weight_net_slope: float | None,
         published: bool,
         generator: torch.Generator | None = None,
+        density: bool = False,
+        fixed_in: int | None = None,
     ) -> None:
-        """`published`: default linear initialisation. Otherwise features keep their scale and q(z) starts narrow."""
+        """`published`: default linear initialisation. Otherwise features keep their scale and q(z) starts narrow.
+
+        density: see values y as 2y - 1 with a constant 1 beside them. fixed_in: coordinate dimensions D of fixed
+        centroids; None: they are points of the cloud.
+        """
         super().__init__()
         self.stages = tuple(stages)
+        self.fixed = None if fixed_in is None else FixedCentroids(stages, fixed_in)
+        self.density = density
+        channels += density
         self.convs = nn.ModuleList()
         for stage in self.stages:
             if stage.channels is not None:
@@ -172,7 +238,7 @@ class Encoder(nn.Module):
         """An encoder that can find neighbourhoods, and nothing else."""
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
-        encoder.stages = tuple(stages)
+        encoder.stages, encoder.fixed = tuple(stages), None
         return encoder
 
     def _conv_layers(self) -> list[PointConvLayer]:
@@ -180,7 +246,12 @@ class Encoder(nn.Module):
 
     @property
     def min_points(self) -> int:
-        """Fewest observed points the encoder accepts: enough neighbours everywhere, and every point the head reads."""
+        """Fewest observed points the encoder accepts: enough neighbours everywhere, and every point the head reads.
+
+        One is enough for fixed centroids.
+        """
+        if self.fixed is not None:
+            return 1
         return max(self.stages[-1].centroids, *(stage.neighbors for stage in self.stages))
 
     def neighborhoods(
@@ -200,11 +271,7 @@ class Encoder(nn.Module):
             counts = [metric.shape[1]] if mask is None else mask.sum(-1).tolist()
             observed = min(counts), max(counts)
         fewest, most = observed
-        if fewest < self.min_points:
-            raise ValueError(
-                f"encoder: points must have at least {self.min_points} observed points per function "
-                f"(neighbours and last centroids of the encoder), got {fewest}"
-            )
+        self.check_observed(fewest)
         if mask is not None:
             metric = metric.expand(mask.shape[0], -1, -1)
         result = []
@@ -217,8 +284,27 @@ class Encoder(nn.Module):
             metric, mask = queries, None if mask is None else centroids >= 0
         return tuple(result)
 
-    def stage_outputs(self, values: Tensor, encoded: Tensor, neighborhoods: Sequence[Neighborhood]) -> list[Tensor]:
-        """Features [B, M, C] after every stage, from values [B, N, C] at encoded coordinates [B|1, N, E]."""
+    def check_observed(self, fewest: int) -> None:
+        """Raise ValueError when a function has fewer than `min_points` observed points."""
+        if fewest < self.min_points:
+            raise ValueError(
+                f"encoder: points must have at least {self.min_points} observed points per function "
+                f"(neighbours and last centroids of the encoder), got {fewest}"
+            )
+
+    def stage_outputs(
+        self,
+        values: Tensor,
+        encoded: Tensor,
+        neighborhoods: Sequence[Neighborhood],
+        anchors: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Features [B, M, C] after every stage, from values [B, N, C] at encoded coordinates [B|1, N, E].
+
+        anchors [1, M, E]: encoded coordinates of fixed centroids.
+        """
+        if self.density:
+            values = torch.cat([2 * values - 1, torch.ones_like(values[..., :1])], -1)
         convs = iter(self._conv_layers())
         outputs = [values]
         points: Tensor | None = None  # which of `encoded` the last outputs lie at
@@ -227,15 +313,24 @@ class Encoder(nn.Module):
             if stage.channels is None:
                 outputs.append(neighbor_mean(outputs[-1], neighbors))
             else:
-                outputs.append(next(convs)(outputs[-1], encoded, chosen, neighbors, points))
+                outputs.append(next(convs)(outputs[-1], encoded, chosen, neighbors, points, anchors))
+            if anchors is not None:
+                encoded, points, anchors = anchors, None, None
+                continue
             points = chosen if points is None else _select(points, chosen)
             if torch.compiler.is_compiling() or points.shape[1] < encoded.shape[1]:
                 encoded, points = gather(encoded, points), None
         return outputs[1:]
 
-    def forward(self, values: Tensor, encoded: Tensor, neighborhoods: Sequence[Neighborhood]) -> Tensor:
-        """Head output [B, 2Z]: mean and log-variance of q(z)."""
-        features = self.stage_outputs(values, encoded, neighborhoods)[-1].flatten(1)
+    def forward(
+        self,
+        values: Tensor,
+        encoded: Tensor,
+        neighborhoods: Sequence[Neighborhood],
+        anchors: Tensor | None = None,
+    ) -> Tensor:
+        """Head output [B, 2Z]: mean and log-variance of q(z); arguments as in `stage_outputs`."""
+        features = self.stage_outputs(values, encoded, neighborhoods, anchors)[-1].flatten(1)
         return linear(features[None], self.head.weight[None], self.head.bias[None])[0]
 
 
@@ -244,8 +339,13 @@ def _select(values: Tensor, index: Tensor) -> Tensor:
     return gather(values[..., None], index)[..., 0]
 
 
-def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[Stage], batch: int, count: int) -> None:
-    """Raise ValueError unless `neighborhoods` fit the stages and a batch of functions of `count` points."""
+def check_neighborhoods(
+    neighborhoods: Sequence[Neighborhood], stages: Sequence[Stage], batch: int, count: int, anchors: int = 0
+) -> None:
+    """Raise ValueError unless `neighborhoods` fit the stages and a batch of functions of `count` points.
+
+    anchors: number of fixed centroids, which come behind the points.
+    """
     where = "encoder"
     check_type(where, "neighborhoods", neighborhoods, list, tuple)
     if len(neighborhoods) != len(stages):
@@ -268,10 +368,11 @@ def check_neighborhoods(neighborhoods: Sequence[Neighborhood], stages: Sequence[
             if not (index.numel() and may_look(index)):
                 continue
             low, high = int(index.min()), int(index.max())
-            if high >= count or low < (-1 if name == "centroids" else 0):
+            known = count + (anchors if i == 0 and name == "centroids" else 0)
+            if high >= known or low < (-1 if name == "centroids" else 0):
                 raise ValueError(
-                    f"{where}: {name} of neighborhoods[{i}] must index the {count} points before, "
-                    f"got {high if high >= count else low}"
+                    f"{where}: {name} of neighborhoods[{i}] must index the {known} points before, "
+                    f"got {high if high >= known else low}"
                 )
         wanted = [centroids.shape[0], centroids.shape[1], stage.neighbors]
         if list(neighbors.shape) != wanted:

@@ -219,3 +219,21 @@ class FourierFeatures(nn.Module):
 def _lattice(coords: Tensor, mask: Tensor | None) -> Lattice | None:
     """Lattice of the points that mask [..., N] leaves of coords [..., N, D]; the others count as one of them."""
     return lattice(coords if mask is None else coords.where(mask[..., None], coords[mask][:1]))
+
+
+_LATTICES: ContentCache[Lattice | None] = ContentCache()
+"""Of the coordinates that `raw_metric` saw."""
+
+
+@torch.no_grad()
+def raw_metric(coords: Tensor, mask: Tensor | None, distances: int) -> tuple[Tensor, Tensor | None]:
+    """As `FourierFeatures.metric`, for distances between the coordinates themselves."""
+    found = _LATTICES.get((coords, mask), lambda: _lattice(coords, mask))
+    if found is None or found.displacements > min(max(distances, _SMALL_TABLE), _LARGEST_TABLE):
+        return coords, None
+    offsets = [
+        torch.arange(1 - n, n, dtype=torch.float64) * step
+        for n, step in zip(found.sizes, found.step.tolist(), strict=True)
+    ]
+    squared = torch.stack([offset.square() for offset in torch.meshgrid(*offsets, indexing="ij")]).sum(0)
+    return found.places(), squared.flatten().to(coords.dtype)

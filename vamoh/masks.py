@@ -57,6 +57,45 @@ def completion_mask(name: str, shape: Sequence[int], *, seed: int = 0) -> Tensor
     return mask
 
 
+def context_mask(
+    coords: Tensor,
+    batch: int,
+    *,
+    random: float = 0.0,
+    rate: float = 0.9,
+    box: float = 0.0,
+    outside: float = 0.0,
+    half: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Bool mask [B, N], True where the encoder sees a point of its function, drawn for each function of a batch.
+
+    coords [N, D] or [B, N, D], from any domain: extents are those of the coordinates. With these probabilities a
+    function is shown
+        random    without points at random, at a rate drawn from U(0, `rate`);
+        box       without a box, a quarter to three quarters of the domain along every axis;
+        outside   only such a box;
+        half      on one side of a random axis only, a quarter to three quarters of the domain;
+    and otherwise whole. Drawn on the CPU: the same for every device, and whatever the coordinates.
+    """
+    count, dims = coords.shape[-2:]
+    kind = torch.rand(batch, generator=generator)
+    draws = torch.rand(batch, 2 * dims + 3, generator=generator)
+    bounds = torch.tensor([random, box, outside, half]).cumsum(0)
+    kind = torch.bucketize(kind, bounds, right=True)  # 4: whole
+    low, high = coords.amin(-2, keepdim=True), coords.amax(-2, keepdim=True)
+    place = ((coords - low) / (high - low).clamp(min=torch.finfo(coords.dtype).tiny)).cpu()  # [.., N, D] in [0, 1]
+    extent = (0.25 + 0.5 * draws[:, None, :dims]).to(place)
+    start = draws[:, None, dims : 2 * dims].to(place) * (1 - extent)
+    inside = ((place >= start) & (place <= start + extent)).all(-1)  # [B, N]
+    axis = (draws[:, -3] * dims).long().clamp(max=dims - 1)
+    along = place.expand(batch, -1, -1).gather(2, axis[:, None, None].expand(-1, count, 1))[..., 0]
+    side = (along <= (0.25 + 0.5 * draws[:, -2:-1]).to(place)) ^ (draws[:, -1:] < 0.5)
+    scattered = torch.rand(batch, count, generator=generator) >= rate * draws[:, -1:]
+    shown = torch.stack([scattered, ~inside, inside, side, torch.ones_like(inside)])
+    return shown[kind, torch.arange(batch)]
+
+
 def _random(name: str, rate: str, shape: tuple[int, ...], seed: int) -> Tensor:
     try:
         value = float(rate)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vamoh._cache import ContentCache
 from vamoh._checks import (
     check_choice,
+    check_finite,
     check_memory,
     check_number,
     check_positive,
@@ -25,7 +26,7 @@ from vamoh._checks import (
 from vamoh._initial import own_generator
 from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
-from vamoh.encoding import FourierFeatures
+from vamoh.encoding import FourierFeatures, raw_metric
 from vamoh.gating import Gating, posterior_and_prior, uniform
 from vamoh.generator import Part, Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
 from vamoh.hypernet import Hypernet
@@ -35,7 +36,8 @@ from vamoh.ops import CounterNoise
 from vamoh.ops._noise import check_noise, counter_noise_reference
 from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
-from vamoh.points import PointSet, domain, observed_coords, upload
+from vamoh.ops.knn import knn
+from vamoh.points import PointSet, domain, lexicographic, observed_coords, upload
 
 Neighborhoods = tuple[Neighborhood, ...]
 
@@ -78,6 +80,10 @@ class VaMoH(nn.Module):
     coord_offset, coord_scale: coordinates of other units than [-1, 1] are normalised to (coords - offset) / scale; D
                             numbers each, or none. `set_domain` measures them.
     neighbor_metric:        "encoded" (published code) or "raw": the coordinates in which neighbours are nearest.
+    centroids:              of the encoder: "points" of the cloud (published code), or "fixed" coordinates, chosen once
+                            by `set_centroids`; z then depends neither on the order of points nor on padding.
+    encoder_density:        the encoder sees a value y as 2y - 1 with a constant 1 beside it, so that it notices where
+                            there are points.
     prior, flow_layers:     "flow" (planar, T layers) or "normal".
     hypernet_widths, inr_widths: hidden widths of the K hypernetworks and of the coordinate networks they make.
     inr_activation, inr_slope, inr_omega: "leaky_relu", "relu" or "sine"; slope of the leak, frequency of the sine.
@@ -115,6 +121,8 @@ class VaMoH(nn.Module):
         weight_net: Sequence[int] = (16, 16),
         weight_net_slope: float | None = None,
         neighbor_metric: str = "encoded",
+        centroids: str = "points",
+        encoder_density: bool = False,
         prior: str = "flow",
         flow_layers: int = 10,
         hypernet_widths: Sequence[int] = (128, 256),
@@ -186,6 +194,8 @@ class VaMoH(nn.Module):
         if not weight_net:
             raise ValueError("VaMoH: weight_net must list at least one width")
         check_choice("VaMoH", "neighbor_metric", neighbor_metric, ["encoded", "raw"])
+        check_choice("VaMoH", "centroids", centroids, ["points", "fixed"])
+        check_type("VaMoH", "encoder_density", encoder_density, bool)
         check_choice("VaMoH", "prior", prior, ["flow", "normal"])
         check_choice("VaMoH", "inr_activation", inr_activation, ACTIVATIONS)
         check_choice("VaMoH", "gating_bound", gating_bound, ["none", "tanh"])
@@ -202,7 +212,16 @@ class VaMoH(nn.Module):
             self.encoding = FourierFeatures(coord_dim, frequencies, frequency_scale, learn_frequencies, draw)
             encoded = self.encoding.out_dim
             self.encoder = Encoder(
-                encoded, channels, latent_dim, stages, weight_net, weight_net_slope, not stable, draw
+                encoded,
+                channels,
+                latent_dim,
+                stages,
+                weight_net,
+                weight_net_slope,
+                published=not stable,
+                generator=draw,
+                density=encoder_density,
+                fixed_in=coord_dim if centroids == "fixed" else None,
             )
             self.prior = FlowPrior(latent_dim, flow_layers, stable, draw) if prior == "flow" else NormalPrior()
             self.inr = Inr((encoded, *inr_widths, channels), inr_activation, inr_slope, inr_omega)
@@ -229,6 +248,7 @@ class VaMoH(nn.Module):
         self._standard_normal = NormalPrior()
         self._neighborhoods: ContentCache[Neighborhoods] = ContentCache()
         self._looked = False
+        self._site_neighbors: ContentCache[Tensor] = ContentCache()
 
     @property
     def min_points(self) -> int:
@@ -245,6 +265,32 @@ class VaMoH(nn.Module):
         self._check_coords("set_domain", coords, coords.shape[0])
         offset, scale = domain(observed_coords(coords, mask))
         self.encoding.set_domain(torch.tensor(offset), torch.tensor(scale))
+
+    @property
+    def needs_centroids(self) -> bool:
+        """Whether `set_centroids` must come before the encoder can be used."""
+        return self.encoder.fixed is not None and not self.encoder.fixed.is_set
+
+    @torch.no_grad()
+    def set_centroids(self, coords: Tensor) -> None:
+        """Choose the fixed centroids of all encoder stages among coords [N, D], which cover the functions' domain.
+
+        They are farthest-point samples, in the metric of `neighbor_metric`, and kept in the state. `set_domain`, where
+        it is needed, comes first. The points nearest to a centroid are the sites at which the encoder looks for
+        its neighbours, so coords as dense as the clouds to come are best: a grid itself, or as many points. Denser
+        clouds are seen at this density.
+        Raises ValueError for a model of centroids="points".
+        """
+        fixed = self.encoder.fixed
+        if fixed is None:
+            raise ValueError('set_centroids: the model must have centroids="fixed", got centroids="points"')
+        check_tensor("set_centroids", "coords", coords, ["N", self.coord_dim], like=fixed.centroids)
+        check_finite("set_centroids", "coords", coords)
+        if len(coords) == 0:
+            raise ValueError("set_centroids: coords must hold at least one point, got none")
+        place = coords if self._metric else self.encoding.normalized(coords)
+        metric, table = _distances(place, None, len(coords) * len(fixed.centroids), self._metric)
+        fixed.set(coords, metric, table, self.encoder.stages)
 
     def prepare(self, points: PointSet, *, again: bool = True) -> PointSet:
         """Copy points from host memory to the model's device; nothing waits for a GPU's copy, or looks at it later.
@@ -283,6 +329,7 @@ class VaMoH(nn.Module):
         self,
         points: PointSet,
         *,
+        context: Tensor | None = None,
         neighborhoods: Neighborhoods | None = None,
         beta_z: float = 1.0,
         beta_c: float = 1.0,
@@ -291,20 +338,28 @@ class VaMoH(nn.Module):
     ) -> ElboTerms:
         """Terms [B] of the bound on the observed points, by one sample of z; differentiable.
 
-        neighborhoods and noise default to `neighborhoods(points)` and `draw_noise(B)`.
+        context [N] or [B, N] bool: which of the observed points the encoder sees, all by default. The likelihood is of
+        all of them in any case: the bound then trains q(z) to fill in what is hidden.
+        neighborhoods, of what the encoder sees, and noise default to `neighborhoods(points)` and `draw_noise(B)`.
         Raises ValueError for values outside [0, 1].
         """
         self._check_points(points)
         check_number("elbo", "beta_z", beta_z)
         check_number("elbo", "beta_c", beta_c)
-        points = points.compact()
+        seen = points.compact() if context is None else self._seen(points, context)
+        points = points if context is not None and points.mask is None else points.compact()
         self._check_values(points)
         noise = (
             self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
         )
-        posterior, features = self._encode(points, neighborhoods)
+        posterior, features = self._encode(seen, neighborhoods)
+        if context is not None:
+            features = self.encoding.cached(points.coords)
         z = posterior.sample(noise.z)
-        q, kl_c = categorical_kl(*self._log_q_and_p(features, z, points.values), points.mask)
+        log_q, log_p = self._log_q_and_p(features, z, points.values)
+        if context is not None:  # where the encoder sees nothing, nothing knows the value
+            log_q = torch.where(context.expand(points.batch, -1)[:, None], log_q, log_p)
+        q, kl_c = categorical_kl(log_q, log_p, points.mask)
         log_likelihood = expected_log_likelihood(
             self.hypernet(z),
             features,
@@ -466,7 +521,25 @@ class VaMoH(nn.Module):
             return posterior_and_prior(self.gating_posterior, self.gating_prior, features, z, values)
         return self.gating_posterior(features, z, values), self._log_prior_c(features, z)
 
+    @property
+    def _metric(self) -> FourierFeatures | None:
+        """The encoding between whose values distances are measured; None: between coordinates."""
+        return self.encoding if self.neighbor_metric == "encoded" and len(self.encoding.frequencies) else None
+
     def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
+        fixed = self.encoder.fixed
+        if fixed is not None:
+            if not fixed.is_set:
+                raise ValueError(
+                    'encoder: centroids="fixed" must be set before anything is encoded: '
+                    "model.set_centroids(coords [N, D]) with points that cover the domain"
+                )
+            if torch.compiler.is_compiling() and points.mask is None:
+                frequencies = self.encoding.frequencies.detach() if self._metric else None
+                coords = points.coords if points.coords.dim() == 3 else points.coords[None]
+                coords, sites = self.encoding.normalized(coords.detach()), self.encoding.normalized(fixed.sites)
+                return fixed.neighborhoods(points.count, site_neighbors_in_graph(coords, sites, frequencies))
+            return fixed.neighborhoods(points.count, self._remembered_site_neighbors(points, fixed.sites))
         if torch.compiler.is_compiling() and points.mask is None:
             metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
             coords = points.coords if points.coords.dim() == 3 else points.coords[None]
@@ -483,6 +556,22 @@ class VaMoH(nn.Module):
         key = (points.coords, points.mask, metric, self.encoding.offset, self.encoding.scale)
         return self._neighborhoods.get(key, lambda: self._search_neighborhoods(points))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _remembered_site_neighbors(self, points: PointSet, sites: Tensor) -> Tensor:
+        frequencies = self.encoding.frequencies if self._metric else None
+
+        def search() -> Tensor:
+            self._look_at_sampling(points.coords, points.mask)
+            self.encoder.check_observed(points.observed()[0])
+            if self._metric:
+                return _nearest_to_sites(points.coords, points.mask, sites, self._metric)
+            coords, wanted = self.encoding.normalized(points.coords), self.encoding.normalized(sites)
+            return _nearest_to_sites(coords, points.mask, wanted, None)
+
+        key = (points.coords, points.mask, sites, frequencies, self.encoding.offset, self.encoding.scale)
+        return self._site_neighbors.get(key, search)
+
     @torch.no_grad()
     def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
         self._look_at_sampling(points.coords, points.mask)
@@ -493,15 +582,31 @@ class VaMoH(nn.Module):
 
     def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
         """q(z) and the encoded coordinates of compacted points."""
+        fixed = self.encoder.fixed
         if neighborhoods is None:
             neighborhoods = self._find_neighborhoods(points)
         else:
-            check_neighborhoods(neighborhoods, self.encoder.stages, points.batch, points.count)
+            behind = 0 if fixed is None else len(fixed.centroids)
+            check_neighborhoods(neighborhoods, self.encoder.stages, points.batch, points.count, behind)
         features = self.encoding.cached(points.coords)
         encoded = features if features.dim() == 3 else features[None]
+        anchors = None if fixed is None else self.encoding.cached(fixed.centroids)[None]
         with trusted():
-            logits = self.encoder(points.values, encoded, neighborhoods)
+            logits = self.encoder(points.values, encoded, neighborhoods, anchors)
         return Posterior.from_logits(logits), features
+
+    def _seen(self, points: PointSet, context: Tensor) -> PointSet:
+        """What of the points the encoder sees, ready for it."""
+        shapes = ((points.count,), (points.batch, points.count))
+        if not isinstance(context, Tensor) or tuple(context.shape) not in shapes:
+            got = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(
+                f"elbo: context must have shape [{points.count}] or [{points.batch}, {points.count}], got {got}"
+            )
+        check_tensor("elbo", "context", context, list(context.shape), dtypes=[torch.bool])
+        seen = points.restrict(context)
+        # Fixed centroids need no other points, and these have been seen before.
+        return seen if self.encoder.fixed is not None and context.dim() == 2 else seen.compact()
 
     def _mirror(self, points: PointSet) -> Tensor | None:
         """Opposite points; not where a GPU would have to wait to know which of them are observed."""
@@ -628,6 +733,40 @@ def _search(
         return encoder.neighborhoods(batched, mask, table, observed)
 
 
+def _distances(
+    coords: Tensor, mask: Tensor | None, distances: int, encoding: FourierFeatures | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `FourierFeatures.metric`, between coordinates if there is no encoding. A GPU would wait for a table."""
+    if coords.device.type != "cpu":
+        return coords if encoding is None else encoding.cached(coords), None
+    return raw_metric(coords, mask, distances) if encoding is None else encoding.metric(coords, mask, distances)
+
+
+def _nearest_to_sites(coords: Tensor, mask: Tensor | None, sites: Tensor, encoding: FourierFeatures | None) -> Tensor:
+    """Index [B|1, M, S] of the point nearest to each of sites [M, S, D], among those at coords [N, D] or [B, N, D] that
+    mask [B, N] leaves. Neither the order of points nor what else is in the batch decides between equally near ones.
+    """
+    unique, place = _UNIQUE.get((sites,), lambda: sites.flatten(0, 1).unique(dim=0, return_inverse=True))
+    order = lexicographic(coords)  # [N] or [B, N]
+    own = coords.dim() == 3
+    ordered = coords.gather(1, order[..., None].expand_as(coords)) if own else coords[order]
+    known = None if mask is None else mask.gather(1, order) if own else mask[:, order]
+    both = torch.cat([ordered, unique.expand(*coords.shape[:-2], -1, -1)], -2)
+    # shared coordinates have no point that no function observes
+    kept = None if known is None or not own else torch.cat([known, known.new_ones(len(known), len(unique))], 1)
+    metric, table = _distances(both, kept, order.shape[-1] * len(unique), encoding)
+    points, queries = metric.split([order.shape[-1], len(unique)], -2)
+    if known is not None and not own:
+        points, queries = points.expand(len(known), -1, -1), queries.expand(len(known), -1, -1)
+    with trusted():
+        nearest = knn(points, queries, 1, known, table=table)[..., 0]  # [B, R] or [R]
+    nearest = order.gather(1, nearest) if own else order[nearest]
+    return nearest[..., place.flatten()].view(-1, *sites.shape[:2])
+
+
+_UNIQUE: ContentCache[tuple[Tensor, Tensor]] = ContentCache()
+"""Sites [R, D] without repetitions, and where each of them went."""
+
 _ENCODINGS: ContentCache[FourierFeatures] = ContentCache()
 """What `neighborhoods_in_graph` remembers, by frequencies: a compiled or exported program has no model to do so."""
 
@@ -665,6 +804,25 @@ def _check_memory(model: nn.Module, build: Callable[[torch.Generator], None]) ->
     except RuntimeError as error:  # the number of bytes is beyond 64 bits
         raise ValueError("VaMoH: the parameters would take more than 2^63 bytes of memory") from error
     check_memory("VaMoH", "the parameters", sum(value.nbytes for value in model.state_dict().values()))
+
+
+@torch.library.custom_op(
+    "vamoh::site_neighbors", mutates_args=(), schema="(Tensor coords, Tensor sites, Tensor? frequencies) -> Tensor"
+)
+def site_neighbors_in_graph(coords: Tensor, sites: Tensor, frequencies: Tensor | None) -> Tensor:
+    """As `neighborhoods_in_graph`, for fixed centroids: neighbours [B|1, M, S] of the first stage.
+
+    coords [B|1, N, D], all observed; sites [M, S, D].
+    """
+    encoding = None
+    if frequencies is not None:
+        encoding = _ENCODINGS.get((frequencies,), lambda: FourierFeatures.of(frequencies))
+    return _nearest_to_sites(coords, None, sites, encoding)
+
+
+@site_neighbors_in_graph.register_fake
+def _(coords: Tensor, sites: Tensor, frequencies: Tensor | None) -> Tensor:
+    return coords.new_empty((coords.shape[0], *sites.shape[:2]), dtype=torch.int64)
 
 
 def _stages(

@@ -137,6 +137,13 @@ class PointSet:
         """Return the same points with another mask, [N] or [B, N] bool."""
         return replace(self, mask=mask)
 
+    def restrict(self, seen: Tensor) -> PointSet:
+        """Return the same points, observed only where they were and where seen, [N] or [B, N] bool, is True."""
+        check_type("PointSet.restrict", "seen", seen, Tensor)
+        batched = seen.dim() == 2
+        check_tensor("PointSet.restrict", "seen", seen, [self.batch, self.count][not batched :], dtypes=[torch.bool])
+        return self._with(self.coords, self.values, seen if self.mask is None else self.mask & seen)
+
     def select(self, index: Tensor) -> PointSet:
         """Keep the points `index` [N'] (int64) of every function, in that order."""
         check_tensor("PointSet.select", "index", index, ["N'"], dtypes=[torch.int64])
@@ -366,6 +373,17 @@ def antipodes(coords: Tensor) -> Tensor | None:
     near = (coords + coords[partner]).abs().le(tolerance).all(-1)
     mirror = torch.where((first + rank < end) & near, partner, -1)
     return mirror if int((mirror >= 0).sum()) >= 7 / 8 * count else None
+
+
+def lexicographic(coords: Tensor) -> Tensor:
+    """Order int64 [..., N] in which points at coords [..., N, D] are sorted by their first coordinate, then the next.
+
+    The same for the same points in any order.
+    """
+    order = coords[..., -1].argsort(dim=-1, stable=True)
+    for column in reversed(coords.unbind(-1)[:-1]):
+        order = order.gather(-1, column.gather(-1, order).argsort(dim=-1, stable=True))
+    return order
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,9 +39,10 @@ from vamoh.config import (
 from vamoh.data import Dataset, open_dataset
 from vamoh.distributed import ALONE, Workers, apart, is_lost, join, own, spread, whole
 from vamoh.elbo import ElboTerms
+from vamoh.masks import context_mask
 from vamoh.metrics import psnr
 from vamoh.model import VaMoH
-from vamoh.points import PointSet, domain, observed_coords
+from vamoh.points import PointSet, domain, observed_coords, upload
 from vamoh.runlog import RunLog, environment
 
 # What may change between a run and its continuation: nothing that alters the steps themselves.
@@ -57,7 +58,7 @@ _FREE = (
 )
 # Where the data lie may change too: that they are the same shows in their checksum.
 _PLACES = ("path", "root", "splits")
-_ORDER, _POINTS, _NOISE, _VALIDATION = range(4)
+_ORDER, _POINTS, _NOISE, _VALIDATION, _DOMAIN = range(5)
 # An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
 _MAX_PSNR = 150.0
 _LEAST_SCALE = 0.25
@@ -200,6 +201,8 @@ class Trainer:
                 f"Trainer: data set {dataset.name} must have {model.coord_dim} coordinate dimensions and "
                 f"{model.channels} channels as the model, got {coord_dim} and {channels}"
             )
+        if model.needs_centroids:
+            model.set_centroids(_domain(config, dataset).to(model.encoder.head.weight))
         self.model = model.to(self.device).train()
         _check_points(config, dataset, self.model.min_points)
         self.indices = dataset.splits["train"]
@@ -311,7 +314,7 @@ class Trainer:
         start = time.perf_counter()
         settings, epoch = self.config.train, self.steps_done / self.steps_per_epoch
         indices = self._batch_indices()
-        drawn = self._share(indices, self._thin)
+        drawn, context = self._draw(indices)
         points = self._place(drawn)
         self.model.use_flow = epoch >= settings.flow_warmup
         self.model.use_gating_prior = epoch >= settings.gating_warmup
@@ -323,7 +326,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         half = settings.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            terms = self._elbo(points, len(indices), self._noise, beta_z=beta_z, beta_c=beta_c)
+            terms = self._elbo(points, len(indices), self._noise, context=context, beta_z=beta_z, beta_c=beta_c)
         (terms.loss * self.workers.weight(len(indices))).backward()
         terms = self._gather(terms, len(indices))
         facts = {"beta_z": beta_z, "beta_c": beta_c, "lr": lr, "points": drawn.count}
@@ -377,6 +380,23 @@ class Trainer:
             generator = _generator(self.config.seed, _ORDER, epoch)
             self._order = (epoch, self.indices[torch.randperm(len(self.indices), generator=generator)])
         return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+
+    def _draw(self, indices: Tensor) -> tuple[PointSet, Tensor | None]:
+        """This process's part of a batch, in host memory, and what the encoder sees of it: bool [B, N], None for all.
+
+        Every process draws for the whole batch. A function of which the encoder would see too little is seen whole.
+        """
+        settings = self.config.train
+        if settings.context.whole:
+            return self._share(indices, self._thin), None
+        points = self._thin(self.dataset.batch(indices))
+        context = context_mask(points.coords, points.batch, **vars(settings.context), generator=self._points)
+        context = context if points.mask is None else context & points.mask
+        enough = context.sum(-1, keepdim=True) >= self.model.min_points
+        context = context.where(enough, torch.ones_like(context) if points.mask is None else points.mask)
+        part = self.workers.share(len(indices))
+        points, context = points.part(part), context[part]
+        return (points, context) if settings.target == "all" else (points.restrict(context), None)
 
     def _thin(self, points: PointSet) -> PointSet:
         """Leave out points at random (Alg. 1); the encoder always keeps as many as it needs.
@@ -447,10 +467,19 @@ class Trainer:
             return thin(self.dataset.batch(indices)).part(part)
         return thin(self.dataset.batch(indices[part]))
 
-    def _elbo(self, points: PointSet, functions: int, generator: torch.Generator, **betas: float) -> ElboTerms:
+    def _elbo(
+        self,
+        points: PointSet,
+        functions: int,
+        generator: torch.Generator,
+        context: Tensor | None = None,
+        **betas: float,
+    ) -> ElboTerms:
         """Terms of this process's part of a batch, with its part of the noise of the whole one."""
+        if context is not None:
+            context = upload(context, self.device)
         noise = self.model.draw_noise(functions, generator=generator).part(self.workers.share(functions))
-        return ElboTerms(**self._call("elbo", points, noise=noise, **betas))
+        return ElboTerms(**self._call("elbo", points, context=context, noise=noise, **betas))
 
     def _gather(self, terms: ElboTerms, functions: int) -> ElboTerms:
         """Terms of the whole batch."""
@@ -491,10 +520,10 @@ def beta_at(config: BetaConfig, epoch: float) -> float:
     if config.schedule == "constant" or epoch >= config.end:
         return config.value
     if epoch <= config.start:
-        return 0.0
+        return config.initial
     t = (epoch - config.start) / (config.end - config.start)
     ramp = {"linear": t, "quadratic": t * t, "exponential": math.pow(2.0, t) - 1.0}
-    return config.value * ramp[config.schedule]
+    return config.initial + (config.value - config.initial) * ramp[config.schedule]
 
 
 class _Records:
@@ -734,6 +763,30 @@ def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:
             f"Trainer: train.num_points must be from {min_points} (what the encoder needs) to {count} (the points of "
             f"data set {dataset.name}), got {settings.num_points}"
         )
+
+
+def _domain(config: Config, dataset: Dataset) -> Tensor:
+    """Coordinates [N, D] that cover what the functions are known at: for fixed centroids.
+
+    Of a shared grid what is observed of any training function, else a sample of all their points; as many as the
+    encoder sees at once.
+    """
+    train, count = dataset.splits["train"], config.train.num_points
+    generator = _generator(config.seed, _DOMAIN)
+    mask = dataset.mask[train] if dataset.mask is not None and dataset.mask.dim() == 2 else dataset.mask
+    if dataset.coords.dim() == 2:
+        coords = dataset.coords if mask is None else dataset.coords[mask if mask.dim() == 1 else mask.any(0)]
+        if count is not None and count < len(coords):
+            coords = coords[torch.randperm(len(coords), generator=generator)[:count].sort().values]
+        return coords
+    count = count or dataset.coords.shape[1]
+    function = torch.randint(len(train), (count,), generator=generator)
+    if mask is None:
+        point = torch.randint(dataset.coords.shape[1], (count,), generator=generator)
+    else:
+        weight = (mask if mask.dim() == 1 else mask[function]).double().expand(count, -1)
+        point = torch.multinomial(weight, 1, generator=generator)[:, 0]
+    return dataset.coords[train[function], point]
 
 
 def _batch_means(terms: ElboTerms, step: int, indices: Tensor, norm: Tensor | None = None) -> dict[str, float]:

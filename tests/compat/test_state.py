@@ -191,6 +191,8 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     [
         {"weight_net_slope": 0.2},
         {"neighbor_metric": "raw"},
+        {"centroids": "fixed"},
+        {"encoder_density": True},
         {"gating_bound": "none"},
         {"max_scale": 1.0},
         {"bin_width": 1 / 255},
