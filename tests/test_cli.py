@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from PIL import Image
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
-from vamoh import PointSet, commands
+from vamoh import PointSet, VaMoH, commands
 from vamoh.cli import COMMANDS, main
 from vamoh.config import PRESETS, load_config
 from vamoh.train import TrainingInterrupted
@@ -360,3 +362,92 @@ def test_bare_points_have_no_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["train", *source, *TINY, "--out", str(run)]) == 0
     assert (run / "evaluation.json").is_file() and not (run / "strip.png").exists()
     assert "bare points" in fails(capsys, "reconstruct", str(run))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+def test_output_on_any_terminal(
+    image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Help of every command, and a folder whose name the terminal cannot show."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    for words in (["--help"], *([command, "--help"] for command in COMMANDS)):
+        assert main(words) == 0
+    out = tmp_path / "l\u00e4ufe-\u2192-\udcff"
+    assert main(["sample", str(image_run), "--count", "2", "--out", str(out)]) == 0
+    assert main(["evaluate", str(image_run), "--count", "2", "--samples", "2", "--out", str(out)]) == 0
+    sys.stdout.flush()
+    text = written.getvalue().decode(encoding, errors="surrogateescape")
+    assert "draw new functions from the trained model" in text and "vamoh complete" in text
+    assert str(out / "sample.npz").encode(encoding, errors="replace" if encoding != "utf-8" else "surrogateescape") in (
+        written.getvalue()
+    )
+    assert (out / "evaluation.json").is_file()
+
+
+def test_help_in_the_c_locale() -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "vamoh", "--help"]
+    done = subprocess.run(words, env=os.environ | plain, capture_output=True)
+    assert done.returncode == 0 and not done.stderr and b"vamoh train digits" in done.stdout
+
+
+def test_many_samples_are_drawn_in_batches(
+    image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sample(name: str) -> dict[str, np.ndarray]:
+        assert main(["sample", str(image_run), "--count", "11", "--out", str(tmp_path / name)]) == 0
+        with np.load(tmp_path / name / "sample.npz") as file:
+            return dict(file)
+
+    sizes: list[int] = []
+    decode, drawn = VaMoH.decode, commands.figures.write_samples
+    monkeypatch.setattr(VaMoH, "decode", lambda m, z, *a, **k: (sizes.append(len(z)), decode(m, z, *a, **k))[1])
+    whole = sample("whole")
+    assert "the figure shows" not in capsys.readouterr().out
+    monkeypatch.setattr(commands, "BATCH_POINTS", 4 * 72)
+    monkeypatch.setattr(commands, "DRAWN_SAMPLES", 5)
+    shown: list[int] = []
+    monkeypatch.setattr(
+        commands.figures, "write_samples", lambda path, s, look: (shown.append(len(s)), drawn(path, s, look))[1]
+    )
+    parts = sample("parts")
+    assert sizes == [11, 4, 4, 3] and shown == [5]
+    assert "the figure shows 5 of 11" in capsys.readouterr().out
+    assert set(parts) == set(whole) and all(np.allclose(parts[k], whole[k], rtol=1e-5, atol=1e-6) for k in whole)
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(commands.figures, "write_samples", full)
+    assert main(["sample", str(image_run), "--count", "2", "--out", str(tmp_path / "kept")]) == 2
+    with np.load(tmp_path / "kept" / "sample.npz") as file:
+        assert len(file["mean"]) == 2
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "superres", "complete", "segment"])
+def test_many_functions_go_in_batches(
+    image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    def run(name: str) -> dict[str, np.ndarray]:
+        assert main([command, str(image_run), "--split", "train", "--count", "7", "--out", str(tmp_path / name)]) == 0
+        with np.load(tmp_path / name / f"{command}.npz") as file:
+            return dict(file)
+
+    whole = run("whole")
+    sizes: list[int] = []
+    encode = VaMoH.encode
+    monkeypatch.setattr(VaMoH, "encode", lambda m, p, **k: (sizes.append(p.batch), encode(m, p, **k))[1])
+    monkeypatch.setattr(commands, "BATCH_POINTS", 3 * (29 * 33 if command == "superres" else 72))
+    monkeypatch.setattr(commands, "DRAWN_ROWS", 2)
+    capsys.readouterr()
+    parts = run("parts")
+    assert sizes == [3, 3, 1] and "the figure shows 2 of 7" in capsys.readouterr().out
+    assert set(parts) == set(whole) and len(parts["index"]) == 7
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+    with (
+        Image.open(tmp_path / "parts" / f"{command}.png") as few,
+        Image.open(tmp_path / "whole" / f"{command}.png") as all_,
+    ):
+        assert few.height < all_.height

@@ -1033,7 +1033,7 @@ UNITS = [((127.5, 127.5), (127.5, 127.5)), ((4.5e6, -20.0), (250.0, 250.0)), ((0
 
 
 @pytest.mark.parametrize(("offset", "scale"), UNITS)
-@pytest.mark.parametrize("change", [{}, {"frequencies": 0}, {"neighbor_metric": "raw"}])
+@pytest.mark.parametrize("change", [{}, {"frequencies": 0}, {"neighbor_metric": "raw"}, {"centroids": "fixed"}])
 def test_coordinates_of_any_units(offset, scale, change):
     """What a model makes of points does not depend on the units of its domain."""
     points, noise = grid(shape=(5, 5)), Noise(torch.randn(3, 3).double(), CounterNoise(torch.tensor(5), 3))
@@ -1044,6 +1044,9 @@ def test_coordinates_of_any_units(offset, scale, change):
     wanted, own = (build(**change) for _ in range(2))
     own.set_domain(units(points.coords))
     there = PointSet(units(points.coords), points.values)
+    if change == {"centroids": "fixed"}:
+        own.set_centroids(there.coords)
+        wanted.set_centroids(points.coords)
     z, finer = torch.randn(3, 3).double(), grid_coords((5, 5), scale=2, dtype=torch.float64)
     with torch.no_grad():
         for name, value in vars(wanted.elbo(points, noise=noise)).items():

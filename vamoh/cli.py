@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import inspect
+import io
 import logging
 import os
 import sys
@@ -186,6 +188,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0: done. 1: training diverged. 2: bad input, reported as one line on stderr. 128 + n: stopped by signal n.
     """
+    _print_anything()
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("VAMOH_DEBUG", "") not in ("", "0")
     given = [token for token in given if token != "--debug"]
@@ -213,6 +216,13 @@ def main(args: Sequence[str] | None = None) -> int:
             return 128 + int(stopped_by)
         print(f"vamoh: error: {reason}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _print_anything() -> None:
+    """Let output hold any character: what the terminal cannot show becomes a question mark, or bytes as they came."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
 
 
 def _run(name: str, options: dict[str, Any]) -> int:

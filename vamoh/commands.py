@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import vamoh
 from vamoh import checkpoint, figures
 from vamoh._checks import check_choice, check_device
 from vamoh._files import whole_file, write_json, writing
+from vamoh._progress import Progress
 from vamoh.compat.config import is_reference_config, load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
@@ -46,6 +47,10 @@ Array = NDArray[Any]
 # What the evaluation after training may cost: points to reconstruct, and points times importance samples to score.
 RECONSTRUCTED_POINTS = 800_000
 SCORED_POINTS = 3_200_000
+# Points of one batch of a command, which bounds its memory, and functions of a figure; arrays hold all of them.
+BATCH_POINTS = 2**18
+DRAWN_SAMPLES = 64
+DRAWN_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -128,24 +133,25 @@ def reconstruct(
 ) -> str:
     """Encode functions and decode them at their own points."""
     opened = open_run(run, device, seed, data)
-    indices, points = _data(opened, split, index, count)
-    result = opened.model.reconstruct(points, z=opened.infer(points))
-    decibel = psnr(result.mean, points.values, points.mask).clamp(max=MAX_PSNR).tolist()
-    arrays = {
-        "index": indices.numpy(),
-        "input": opened.grid(points.values),
-        "mean": opened.grid(result.mean),
-        "mean_map": opened.grid(result.mean_map),
-        "pi": opened.grid(result.pi),
-        "psnr": np.array(decibel),
-    }
-    mask = opened.observed(points)
+    indices = _chosen(opened, split, index, count)
+
+    def one(points: PointSet) -> dict[str, Array]:
+        result = opened.model.reconstruct(points, z=opened.infer(points))
+        return {
+            "input": opened.grid(points.values),
+            "mean": opened.grid(result.mean),
+            "mean_map": opened.grid(result.mean_map),
+            "pi": opened.grid(result.pi),
+            "psnr": _decibel(result.mean, points.values, points.mask),
+        }
+
+    arrays = _in_batches(opened, indices, one)
     columns = [
-        Column("Input", _values(arrays["input"], opened.look, mask), "values"),
+        Column("Input", _values(arrays["input"], opened.look, _seen(opened, indices)), "values"),
         Column("Reconstruction", _values(arrays["mean"], opened.look)),
         Column("Most probable component", _values(arrays["mean_map"], opened.look)),
     ]
-    return _write(opened, out, "reconstruct", columns, arrays, [f"{value:.1f} dB" for value in decibel])
+    return _write(opened, out, "reconstruct", columns, arrays, [f"{value:.1f} dB" for value in arrays["psnr"]])
 
 
 def sample(run: Path, *, out: Path | None, device: str, seed: int, data: str | None, count: int) -> str:
@@ -154,8 +160,9 @@ def sample(run: Path, *, out: Path | None, device: str, seed: int, data: str | N
     _need_grid(opened)
     samples = _sample(opened, count)
     folder = _folder(opened, out)
-    figure = figures.write_samples(folder / "sample.png", samples["mean"], opened.look)
-    return _written(figure, _save_arrays(folder / "sample.npz", samples))
+    saved = _save_arrays(folder / "sample.npz", samples)
+    figure = figures.write_samples(folder / "sample.png", samples["mean"][:DRAWN_SAMPLES], opened.look)
+    return _drawn(figure, saved, count, DRAWN_SAMPLES)
 
 
 def superres(
@@ -172,19 +179,21 @@ def superres(
 ) -> str:
     """Decode functions on a grid refined `scale` times."""
     opened = open_run(run, device, seed, data)
-    indices, points = _data(opened, split, index, count)
+    indices = _chosen(opened, split, index, count)
     coords = opened.dataset.grid(scale)[0].to(opened.device)
-    # The prior over components everywhere: the posterior at the given points alone would draw a dotted grid.
-    result = opened.model.decode(opened.infer(points), coords)
-    arrays = {
-        "index": indices.numpy(),
-        "input": opened.grid(points.values),
-        "mean": opened.grid(result.mean, scale),
-        "mean_map": opened.grid(result.mean_map, scale),
-    }
-    mask = opened.observed(points)
+
+    def one(points: PointSet) -> dict[str, Array]:
+        # The prior over components everywhere: the posterior at the given points alone would draw a dotted grid.
+        result = opened.model.decode(opened.infer(points), coords)
+        return {
+            "input": opened.grid(points.values),
+            "mean": opened.grid(result.mean, scale),
+            "mean_map": opened.grid(result.mean_map, scale),
+        }
+
+    arrays = _in_batches(opened, indices, one, len(coords))
     columns = [
-        Column("Input", _values(arrays["input"], opened.look, mask), "values"),
+        Column("Input", _values(arrays["input"], opened.look, _seen(opened, indices)), "values"),
         Column(f"{scale}× super-resolution", _values(arrays["mean"], opened.look)),
     ]
     columns += _globes(arrays["mean"], opened.look)
@@ -205,34 +214,35 @@ def complete(
 ) -> str:
     """Fill in the points that a mask hides."""
     opened = open_run(run, device, seed, data)
-    indices, points = _data(opened, split, index, count)
+    indices = _chosen(opened, split, index, count)
     seen = completion_mask(mask, opened.dataset.shape, seed=seed).flatten().to(opened.device)
-    partial = observe(points, seen)
-    shown = partial.observed()[0]
-    if shown < opened.model.min_points:
-        raise ValueError(
-            f"complete: mask must leave every function the {opened.model.min_points} observed points that the encoder "
-            f"needs, got {mask!r}, which leaves {shown}"
-        )
-    result = opened.model.reconstruct(partial, z=opened.infer(partial))
-    hidden = ~seen if points.mask is None else points.mask & ~seen
-    decibel = psnr(result.mean, points.values, hidden).clamp(max=MAX_PSNR).tolist()
-    observed = opened.observed(partial)
-    arrays = {
-        "index": indices.numpy(),
-        "input": opened.grid(points.values),
-        "observed": observed,
-        "mean": opened.grid(result.mean),
-        "mean_map": opened.grid(result.mean_map),
-        "completed": _completed(opened, partial, result),
-        "psnr_missing": np.array(decibel),
-    }
+
+    def one(points: PointSet) -> dict[str, Array]:
+        partial = observe(points, seen)
+        shown = partial.observed()[0]
+        if shown < opened.model.min_points:
+            raise ValueError(
+                f"complete: mask must leave every function the {opened.model.min_points} observed points that the "
+                f"encoder needs, got {mask!r}, which leaves {shown}"
+            )
+        result = opened.model.reconstruct(partial, z=opened.infer(partial))
+        hidden = ~seen if points.mask is None else points.mask & ~seen
+        return {
+            "input": opened.grid(points.values),
+            "observed": opened.observed(partial),
+            "mean": opened.grid(result.mean),
+            "mean_map": opened.grid(result.mean_map),
+            "completed": _completed(opened, partial, result),
+            "psnr_missing": _decibel(result.mean, points.values, hidden),
+        }
+
+    arrays = _in_batches(opened, indices, one)
     columns = [
-        Column("Input", _values(arrays["input"], opened.look, opened.observed(points)), "values"),
-        Column("Masked input", _values(arrays["input"], opened.look, observed)),
+        Column("Input", _values(arrays["input"], opened.look, _seen(opened, indices)), "values"),
+        Column("Masked input", _values(arrays["input"], opened.look, arrays["observed"])),
         Column("Completion", _values(arrays["completed"], opened.look)),
     ]
-    labels = ["nothing hidden" if math.isnan(value) else f"{value:.1f} dB" for value in decibel]
+    labels = ["nothing hidden" if math.isnan(value) else f"{value:.1f} dB" for value in arrays["psnr_missing"]]
     return _write(opened, out, "complete", columns, arrays, labels)
 
 
@@ -249,16 +259,19 @@ def segment(
 ) -> str:
     """Show which component explains each point, and how certain that is."""
     opened = open_run(run, device, seed, data)
-    indices, points = _data(opened, split, index, count)
-    result = opened.model.reconstruct(points, z=opened.infer(points))
-    arrays = {
-        "index": indices.numpy(),
-        "input": opened.grid(points.values),
-        "pi": opened.grid(result.pi),
-        "segmentation": opened.grid(result.segmentation),
-        "entropy": opened.grid(result.entropy),
-    }
-    columns = [Column("Input", _values(arrays["input"], opened.look, opened.observed(points)), "values")]
+    indices = _chosen(opened, split, index, count)
+
+    def one(points: PointSet) -> dict[str, Array]:
+        result = opened.model.reconstruct(points, z=opened.infer(points))
+        return {
+            "input": opened.grid(points.values),
+            "pi": opened.grid(result.pi),
+            "segmentation": opened.grid(result.segmentation),
+            "entropy": opened.grid(result.entropy),
+        }
+
+    arrays = _in_batches(opened, indices, one)
+    columns = [Column("Input", _values(arrays["input"], opened.look, _seen(opened, indices)), "values")]
     columns += _maps(arrays["segmentation"], arrays["entropy"], arrays["input"], opened.look)
     return _write(opened, out, "segment", columns, arrays)
 
@@ -462,10 +475,28 @@ def _completed(run: Run, partial: PointSet, result: Reconstruction) -> Array:
     return np.where(observed, run.grid(partial.values), run.grid(result.mean))
 
 
-def _data(run: Run, split: str, index: tuple[int, ...], count: int) -> tuple[Tensor, PointSet]:
+def _chosen(run: Run, split: str, index: tuple[int, ...], count: int) -> Tensor:
     _need_grid(run)
-    indices = split_indices(run.dataset, split, index, count)
-    return indices, run.points(indices)
+    return split_indices(run.dataset, split, index, count)
+
+
+def _seen(run: Run, indices: Tensor) -> Array:
+    """What is observed of the functions that a figure shows."""
+    return run.observed(run.points(indices[:DRAWN_ROWS]))
+
+
+def _decibel(mean: Tensor, values: Tensor, mask: Tensor | None) -> Array:
+    decibel: Array = psnr(mean, values, mask).clamp(max=MAX_PSNR).double().cpu().numpy()
+    return decibel
+
+
+def _in_batches(
+    run: Run, indices: Tensor, one: Callable[[PointSet], dict[str, Array]], points: int = 0
+) -> dict[str, Array]:
+    """What `one` makes of functions, a few at a time, with their indices; points: how many it decodes of each."""
+    size = max(1, BATCH_POINTS // max(run.dataset.points, points))
+    parts = [one(run.points(part)) for part in indices.split(size)]
+    return {"index": indices.numpy(), **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}}
 
 
 def _need_grid(run: Run) -> None:
@@ -476,27 +507,34 @@ def _need_grid(run: Run) -> None:
 def _sample(run: Run, count: int) -> dict[str, Array]:
     generator = torch.Generator(device=run.device).manual_seed(run.seed)
     z = run.model.sample_prior(count, generator=generator)
-    result = run.model.decode(z, run.domain.grid()[0].to(run.device))
-    return {
-        "z": z.cpu().numpy(),
-        "mean": run.grid(result.mean),
-        "mean_map": run.grid(result.mean_map),
-        "segmentation": run.grid(result.segmentation),
-        "entropy": run.grid(result.entropy),
-    }
+    coords = run.domain.grid()[0].to(run.device)
+    parts: list[dict[str, Array]] = []
+    for part in Progress(z.split(max(1, BATCH_POINTS // len(coords))), desc="sample", disable=None, leave=False):
+        result = run.model.decode(part, coords)
+        parts.append(
+            {
+                "mean": run.grid(result.mean),
+                "mean_map": run.grid(result.mean_map),
+                "segmentation": run.grid(result.segmentation),
+                "entropy": run.grid(result.entropy),
+            }
+        )
+    return {"z": z.cpu().numpy(), **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}}
 
 
 def _values(values: Array, look: Look, masks: Array | None = None) -> list[Array]:
-    return [figures.show_values(v, look, None if masks is None else masks[i]) for i, v in enumerate(values)]
+    shown = values[:DRAWN_ROWS]
+    return [figures.show_values(v, look, None if masks is None else masks[i]) for i, v in enumerate(shown)]
 
 
 def _globes(values: Array, look: Look) -> list[Column]:
     if look.kind != "sphere":
         return []
-    return [Column("Globe", [figures.show_globe(v, look) for v in values], frame=False)]
+    return [Column("Globe", [figures.show_globe(v, look) for v in values[:DRAWN_ROWS]], frame=False)]
 
 
 def _maps(index: Array, entropy: Array, solid: Array, look: Look) -> list[Column]:
+    index, entropy, solid = index[:DRAWN_ROWS], entropy[:DRAWN_ROWS], solid[:DRAWN_ROWS]
     solids = solid[..., 0] >= 0.5 if look.kind == "voxels" else [None] * len(index)
     return [
         Column("Components", [figures.show_components(i, look, s) for i, s in zip(index, solids, strict=True)],
@@ -514,8 +552,9 @@ def _write(
     labels: list[str] | None = None,
 ) -> str:
     folder = _folder(run, out)
-    figure = figures.write_strip(folder / f"{name}.png", columns, run.look, labels)
-    return _written(figure, _save_arrays(folder / f"{name}.npz", arrays))
+    saved = _save_arrays(folder / f"{name}.npz", arrays)
+    figure = figures.write_strip(folder / f"{name}.png", columns, run.look, labels and labels[:DRAWN_ROWS])
+    return _drawn(figure, saved, len(arrays["index"]), DRAWN_ROWS)
 
 
 def _folder(run: Run, out: Path | None) -> Path:
@@ -547,6 +586,11 @@ def _save_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def _written(*paths: Path) -> str:
     return "\n".join(f"wrote {path}" for path in paths)
+
+
+def _drawn(figure: Path, arrays: Path, count: int, most: int) -> str:
+    """Report of arrays that hold `count` functions, and of a figure that shows the first `most` at most."""
+    return _written(figure, arrays) + (f"\nthe figure shows {most} of {count}" if count > most else "")
 
 
 def _devices() -> str:
