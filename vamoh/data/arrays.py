@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vamoh._shown import unquoted
+from vamoh.data import source as sources
 from vamoh.data.dataset import Dataset, on_grid, random_splits
 from vamoh.data.files import Array, StoredArray, stored_arrays, unit_dtype, unit_values
-from vamoh.data.source import Source, keep, memory_share
+from vamoh.data.source import Source, keep
 
 MAX_CHANNELS = 4
 
@@ -36,7 +38,7 @@ def array_file(path: str) -> Dataset:
     if {"coords", "values"} <= set(arrays) <= {"coords", "values", "mask"}:
         return _points(str(file), arrays)
     if len(arrays) != 1:
-        names = ", ".join(sorted(arrays))[:120] or "nothing"
+        names = ", ".join(map(unquoted, sorted(arrays)))[:120] or "nothing"
         raise ValueError(f"{file}: must hold one array, or coords, values and maybe mask, got {names}")
     stored = next(iter(arrays.values()))
     shape = _image_shape(str(file), stored.shape)
@@ -73,10 +75,11 @@ class _Stored(Source):
 
 
 def _keep(source: _Stored) -> tuple[Any, Any]:
-    if source.bytes > memory_share() and not source._stored.rows_at_hand:
+    share = sources.memory_share()
+    if source.bytes > share and not source._stored.rows_at_hand:
         raise ValueError(
-            f"{source._where}: array must fit {memory_share()} bytes of memory, got {source.bytes}; larger ones are "
-            "read in parts from .npy files in row-major (C) order"
+            f"{source._where}: array must fit {share} bytes of memory, got {source.bytes}; larger ones are read in "
+            "parts from .npy files in row-major (C) order"
         )
     return keep(source)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vamoh._checks import check_choice, check_positive, check_sizes, check_tensor, check_type
+from vamoh._shown import shown, unquoted
 from vamoh.data.files import read_arrays, reading
 from vamoh.data.source import Source
 from vamoh.points import PointSet, grid_coords, grid_shape, sphere_coords, sphere_grid, sphere_grid_shape
@@ -252,7 +253,7 @@ def resplit(dataset: Dataset, splits: str, files: Sequence[str] | None = None) -
     else:
         content = {name: array.tolist() for name, array in read_arrays(path).items()}
     if not isinstance(content, dict) or not set(content) <= set(SPLITS) or "train" not in content:
-        got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        got = ", ".join(map(unquoted, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: must hold train and maybe validation and test, got {got[:80] or 'nothing'}")
     place = {name: index for index, name in enumerate(files or ())}
     found: dict[str, Tensor] = {}
@@ -266,9 +267,9 @@ def resplit(dataset: Dataset, splits: str, files: Sequence[str] | None = None) -
             index = place.get(entry, -1) if isinstance(entry, str) else entry
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(dataset):
                 wanted = f"indices from 0 to {len(dataset) - 1}" + (" or names of its files" if files else "")
-                raise ValueError(f"{path}: {split} must hold {wanted} of {dataset.name}, got {entry!r:.80}")
+                raise ValueError(f"{path}: {split} must hold {wanted} of {dataset.name}, got {shown(entry)}")
             if index in seen:
-                raise ValueError(f"{path}: {entry!r:.80} must be in one split, got it in {seen[index]} and {split}")
+                raise ValueError(f"{path}: {shown(entry)} must be in one split, got it in {seen[index]} and {split}")
             seen[index] = split
             indices.append(index)
         found[split] = torch.tensor(indices, dtype=torch.int64)

@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from vamoh._shown import shown, unquoted
 from vamoh.data import netcdf_process
 from vamoh.data.files import Array, check_packed, reading
 
@@ -108,7 +109,7 @@ class NetcdfFile:
 
     def _answer(self) -> tuple[dict[str, Any], bytes]:
         line = _pipe(self._process.stdout).readline()
-        answer = json.loads(line) if line.endswith(b"\n") else {}
+        answer: dict[str, Any] = json.loads(line) if line.startswith(b"{") and line.endswith(b"}\n") else {}
         content = _pipe(self._process.stdout).read(answer.get("bytes", 0))
         if not answer or len(content) < answer.get("bytes", 0):
             number = -self._process.wait()
@@ -206,7 +207,7 @@ def find_variables(path: str, file: FieldFile, wanted: str) -> tuple[list[Variab
         else:
             curved[name] = lat if len(lat.dims) != 1 else lon
     names = [name for name in wanted.split(",") if name] if wanted else list(fitting)
-    known = ", ".join(fitting) or "none"
+    known = ", ".join(map(unquoted, fitting))[:200] or "none"
     bent = next((name for name in (names or curved) if name in curved), None)
     if bent is not None:
         axis = curved[bent]
@@ -215,7 +216,7 @@ def find_variables(path: str, file: FieldFile, wanted: str) -> tuple[list[Variab
             f"({', '.join(axis.dims)}), a curvilinear grid; an .npz file of coords and values can hold it"
         )
     if wanted and (not names or not set(names) <= set(fitting) or len(set(names)) < len(names)):
-        raise ValueError(f"{path}: variable must be one over latitude and longitude ({known}), got {wanted!r}")
+        raise ValueError(f"{path}: variable must be one over latitude and longitude ({known}), got {shown(wanted)}")
     if not wanted and len(names) != 1:
         raise ValueError(
             f"{path}: must hold one variable over latitude and longitude, got {known}; choose FILE::VARIABLE"
@@ -310,14 +311,14 @@ def _numbers(path: str, variable: Variable, name: str) -> list[float]:
         try:
             found.append(text if isinstance(text, int) else float(text))
         except (TypeError, ValueError):
-            raise ValueError(f"{path}: {variable.name}: {name} must hold numbers, got {value!r:.80}") from None
+            raise ValueError(f"{path}: {variable.name}: {name} must hold numbers, got {shown(value)}") from None
     return found
 
 
 def _number(path: str, variable: Variable, name: str, default: float) -> float:
     found = _numbers(path, variable, name)
     if len(found) > 1 or (found and name in ("scale_factor", "add_offset") and not np.isfinite(found[0])):
-        raise ValueError(f"{path}: {variable.name}: {name} must be one finite number, got {found!r:.80}")
+        raise ValueError(f"{path}: {variable.name}: {name} must be one finite number, got {shown(found)}")
     return found[0] if found else default
 
 

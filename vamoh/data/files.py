@@ -13,14 +13,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from vamoh._shown import reason
+from vamoh._shown import reason, unquoted
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 EDGE = 1e-6
 """How far beyond 0 and 1 rounding may take a value that is meant to lie between them."""
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
 _MOST_PACKED = 2000
 """Bytes that one byte of a compressed file may stand for: deflate makes at most 1032 of it."""
 
@@ -186,7 +186,7 @@ def stored_arrays(path: Path) -> dict[str, StoredArray]:
                 members = archive.namelist()
             other = [name for name in members if not name.endswith(".npy")]
             if other or len(set(members)) < len(members):
-                raise ValueError(f"an archive of other files ({', '.join(other or members)})")
+                raise ValueError(f"an archive of other files ({', '.join(map(unquoted, other or members))[:80]})")
     if not packed:
         return {"": StoredArray(path)}
     return {name.removesuffix(".npy"): StoredArray(path, name) for name in members}
@@ -268,9 +268,9 @@ def unit_values(where: str, array: Array, seen: Array | None = None) -> Array:
             "mask may leave points out"
         )
     if low < -EDGE or high > 1 + EDGE:
-        raise ValueError(f"{where}: floating values must lie in [0, 1], got {low} to {high}")
+        raise ValueError(f"{where}: floating values must lie in [0, 1], got {low!s} to {high!s}")
     if low < 0 or high > 1:
-        _say_once(f"{where}: values from {low} to {high} are taken for numbers in [0, 1] that were rounded")
+        _say_once(f"{where}: values from {low!s} to {high!s} are taken for numbers in [0, 1] that were rounded")
     return np.clip(array, 0, 1).astype(np.float32) if low < 0 or high > 1 else array.astype(np.float32)
 
 

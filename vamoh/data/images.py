@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vamoh._checks import check_positive
+from vamoh.data import source as sources
 from vamoh.data.dataset import SPLITS, Dataset, grid_dataset, on_grid, random_splits
 from vamoh.data.files import BUNDLED_FOLDER, Array, list_files, read_bundled, reading
-from vamoh.data.source import Source, memory_share
+from vamoh.data.source import Source
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "hubble", "rocket")
@@ -33,6 +36,8 @@ _SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
+_MOST_PACKED, _SMALL = 5000, 1 << 24
+"""Bytes of pixels that one byte of a file may stand for, and what any file may take."""
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -87,7 +92,7 @@ def image_folder(path: str, size: int | None = None) -> tuple[Dataset, list[str]
     if splits is None:
         splits = random_splits(where, len(files))
     first = _read_image(files[0], size)
-    if len(files) * first.nbytes <= memory_share():
+    if len(files) * first.nbytes <= sources.memory_share():
         images = _load(files, first.shape, size)
         values: Tensor | Source = torch.from_numpy(images).flatten(1, 2)
     else:
@@ -154,7 +159,7 @@ class _Images(Source):
         self._kept: dict[int, Array] = {}
         grey = all(_is_grey(image) for image in _decode(files, files[0], shape, size))
         super().__init__((len(files), shape[0] * shape[1], 1 if grey else 3), torch.uint8)
-        self._room = memory_share() // (self.shape[1] * self.shape[2])
+        self._room = sources.memory_share() // (self.shape[1] * self.shape[2])
         self.survey()
 
     def read(self, index: Array) -> tuple[Array, None]:
@@ -183,8 +188,11 @@ def _digit_splits() -> dict[str, Tensor]:
 
 def _read_image(path: Path, size: int | None) -> Array:
     """Read an image file as [H, W, 3] uint8."""
-    _silence_libtiff()
+    _silence_readers()
     with reading(path, "image"), Image.open(path) as opened:
+        claimed, held = 4 * opened.width * opened.height, path.stat().st_size
+        if claimed > _MOST_PACKED * held + _SMALL:
+            raise ValueError(f"{opened.width}x{opened.height} pixels by its header in a file of {held} bytes")
         problem = _unread(opened, path)
         image = None if problem else ImageOps.exif_transpose(opened)
         if image is not None:
@@ -230,8 +238,11 @@ def _bits(image: Image.Image, path: Path) -> tuple[int, bool]:
 
 
 @functools.cache
-def _silence_libtiff() -> None:
-    """Its errors come as exceptions; it also prints them, unless told otherwise."""
+def _silence_readers() -> None:
+    """Damage comes as an exception; libtiff also prints it, and Pillow warns of metadata that nothing is taken from."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with contextlib.suppress(OSError, AttributeError):
             library: Any = Image

@@ -53,8 +53,8 @@ def netcdf(path: str) -> Dataset:
     shape = (stored.count, len(stored.places.coords), len(variables))
     if 0 in shape:
         raise ValueError(f"{where}: {variables[0].name} must have no size 0, got {list(variables[0].shape)}")
-    splits = random_splits(where, stored.count)
     source = _Fields(where, shape, stored.read)
+    splits = random_splits(where, stored.count)
     units = tuple((variable.name, str(variable.attributes.get("units", ""))) for variable in variables)
     return _dataset("netcdf", source, stored.places, units, splits)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vamoh._shown import unquoted
 from vamoh.data.dataset import Dataset, grid_dataset, random_splits
 from vamoh.data.files import Array, Arrays, list_files, read_bundled, reading, stored_arrays
 
@@ -84,7 +85,8 @@ def _read_grid(path: Path) -> Array:
         return _read_binvox(path)
     arrays = stored_arrays(path)
     if len(arrays) != 1:
-        raise ValueError(f"{path}: must hold one array, got {len(arrays)} ({', '.join(sorted(arrays))[:120]})")
+        names = ", ".join(map(unquoted, sorted(arrays)))[:120]
+        raise ValueError(f"{path}: must hold one array, got {len(arrays)} ({names})")
     stored = next(iter(arrays.values()))
     if stored.dtype.kind not in "biuf":
         raise ValueError(f"{path}: voxels must be bool or numbers that are 0 or 1, got {stored.dtype}")
