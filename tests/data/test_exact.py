@@ -557,6 +557,28 @@ class TestNetcdf:
             open_dataset("netcdf", self.path)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_arrays_of_hdf5_are_those_of_numpy(tmp_path: Path, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    netcdf = pytest.importorskip("netCDF4")
+    values = (np.random.default_rng(0).random((30, 5, 6, 3)) * (255 if dtype == np.uint8 else 1)).astype(dtype)
+    np.save(tmp_path / "a.npy", values)
+    with netcdf.Dataset(tmp_path / "a.h5", "w") as out:
+        for name, size in zip("nhwc", values.shape, strict=True):
+            out.createDimension(name, size)
+        out.createVariable("labels", "i8", ("n",))[:] = np.arange(30)
+        out.createGroup("deep").createVariable("images", dtype, tuple("nhwc"), zlib=True)[:] = values
+    wanted = open_dataset("arrays", str(tmp_path / "a.npy"))
+    for share in (10**6, 1000):
+        monkeypatch.setattr(source, "memory_share", lambda share=share: share)
+        for path in ("a.h5", "a.h5::deep/images"):
+            data = open_dataset("arrays", str(tmp_path / path))
+            assert data.fingerprint() == wanted.fingerprint()
+            index = torch.tensor([29, 3, 4, 5])
+            assert torch.equal(data.batch(index).values, wanted.batch(index).values)
+    with refuse("a.h5: array must be one of numbers in the file (labels, deep/images), got 'images'"):
+        open_dataset("arrays", str(tmp_path / "a.h5::images"))
+
+
 @pytest.mark.parametrize("suffix", [".zarr", ".h5"])
 def test_fields_of_zarr_and_hdf5_are_those_of_netcdf(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from vamoh._shown import unquoted
 from vamoh.data import source as sources
 from vamoh.data.dataset import Dataset, on_grid, random_splits
+from vamoh.data.fields import FieldArray, open_array
 from vamoh.data.files import Array, StoredArray, stored_arrays, unit_dtype, unit_values
 from vamoh.data.source import Source, keep
 
 MAX_CHANNELS = 4
+_FIELD_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc", ".zarr")
 
 
 def array_file(path: str) -> Dataset:
@@ -27,16 +30,20 @@ def array_file(path: str) -> Dataset:
     [n, D, H, W, C]    voxels
     An .npz file with the arrays `coords` [N, D] or [n, N, D] and `values` [n, N, C], and maybe `mask` [N] or [n, N]
     (bool or 0 and 1, True where observed), gives points instead; coordinates and values that are not observed may be
-    NaN. An .npy file that would take more than `memory_share` is read batch by batch. Splits are 80/10/10, see
-    `random_splits`.
+    NaN. path is FILE::NAME for an array of an HDF5, NetCDF or Zarr file. Such an array, or an .npy file, that would take
+    more than `memory_share` is read batch by batch. Splits are 80/10/10, see `random_splits`.
 
     Raises ValueError or TypeError naming the file when it cannot be read, has a shape that could mean two things or
     nothing, another dtype, or holds values that are NaN or out of range.
     """
-    file = Path(path).expanduser()
-    arrays = stored_arrays(file)
+    name, _, wanted = path.partition("::")
+    file = Path(name).expanduser()
+    if wanted or file.is_dir() or file.suffix.lower() in _FIELD_SUFFIXES:
+        arrays: Mapping[str, StoredArray | FieldArray] = {wanted: open_array(str(file), wanted)}
+    else:
+        arrays = stored_arrays(file)
     if {"coords", "values"} <= set(arrays) <= {"coords", "values", "mask"}:
-        return _points(str(file), arrays)
+        return _points(str(file), stored_arrays(file))
     if len(arrays) != 1:
         names = ", ".join(map(unquoted, sorted(arrays)))[:120] or "nothing"
         raise ValueError(f"{file}: must hold one array, or coords, values and maybe mask, got {names}")
@@ -52,7 +59,9 @@ def array_file(path: str) -> Dataset:
 class _Stored(Source):
     """Values of an array in a file, [n, *shape]."""
 
-    def __init__(self, where: str, stored: StoredArray, shape: tuple[int, ...], seen: Array | None = None) -> None:
+    def __init__(
+        self, where: str, stored: StoredArray | FieldArray, shape: tuple[int, ...], seen: Array | None = None
+    ) -> None:
         dtype = torch.uint8 if unit_dtype(where, stored.dtype) == np.uint8 else torch.float32
         *grid, channels = shape
         super().__init__((stored.shape[0], int(np.prod(grid)), channels), dtype)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from vamoh._shown import shown, unquoted
 from vamoh.data import netcdf_process
 from vamoh.data.files import Array, check_packed, reading
+from vamoh.data.source import BLOCK_BYTES
 
 _NORTH = {"degrees_north", "degree_north", "degree_n", "degrees_n", "degreen", "degreesn"}
 _EAST = {"degrees_east", "degree_east", "degree_e", "degrees_e", "degreee", "degreese"}
@@ -68,7 +69,8 @@ class NetcdfFile:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            # Locks are of no use to a reader, and disks of clusters often have none.
+            env={**os.environ, "HDF5_USE_FILE_LOCKING": "FALSE", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
         answer, _ = self._answer()
         self.variables = {}
@@ -151,11 +153,53 @@ class XarrayFile:
 
 
 def open_fields(path: str) -> FieldFile:
-    """Open a folder (Zarr) or an HDF5 or GRIB file by xarray, anything else as NetCDF."""
-    suffix = Path(path).suffix.lower()
-    if Path(path).is_dir() or suffix in (".zarr", ".h5", ".hdf5", ".he5", ".grib", ".grib2", ".grb"):
+    """Open a folder (Zarr) or a GRIB file by xarray, anything else as NetCDF, which HDF5 counts for."""
+    if Path(path).is_dir() or Path(path).suffix.lower() in (".zarr", ".grib", ".grib2", ".grb"):
         return XarrayFile(path)
     return NetcdfFile(path)
+
+
+class FieldArray:
+    """A variable as a plain array, read in parts from its first axis on."""
+
+    rows_at_hand = True
+
+    def __init__(self, path: str, file: FieldFile, variable: Variable, dtype: np.dtype[Any]) -> None:
+        self._path, self._file, self._variable = path, file, variable
+        self.shape, self.dtype, self.bytes = variable.shape, dtype, dtype.itemsize * _product(variable.shape)
+        for name, plain in (("scale_factor", 1.0), ("add_offset", 0.0)):
+            if _number(path, variable, name, plain) != plain:
+                raise ValueError(f"{path}: {variable.name} must hold plain numbers for arrays, got a {name}")
+
+    def read(self, index: Array) -> Array:
+        """Rows `index` [B] int64, [B, *shape[1:]]."""
+        rest = [slice(0, size) for size in self.shape[1:]]
+        parts = []
+        for run in np.split(index, np.flatnonzero(np.diff(index) != 1) + 1):
+            rows = slice(int(run[0]), int(run[-1]) + 1)
+            parts.append(self._file.read(self._variable.name, [rows, *rest]))
+        return np.concatenate(parts)
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """The array in order, some rows at a time: where, and what."""
+        step = max(1, BLOCK_BYTES * self.shape[0] // max(self.bytes, 1))
+        for start in range(0, self.shape[0], step):
+            part = slice(start, min(start + step, self.shape[0]))
+            yield part, self.read(np.arange(part.start, part.stop))
+
+
+def open_array(path: str, wanted: str) -> FieldArray:
+    """The variable `wanted` of a file, or its only one of three axes or more; ValueError naming the file without."""
+    file = open_fields(path)
+    fitting = {v.name: v for v in file.variables.values() if len(v.shape) >= 3}
+    if not wanted and len(fitting) != 1:
+        known = ", ".join(map(unquoted, fitting))[:200] or "none"
+        raise ValueError(f"{path}: must hold one array of three axes or more, got {known}; choose FILE::NAME")
+    variable = file.variables.get(wanted) if wanted else next(iter(fitting.values()))
+    if variable is None or variable.dtype is None:
+        known = ", ".join(map(unquoted, file.variables))[:200] or "nothing"
+        raise ValueError(f"{path}: array must be one of numbers in the file ({known}), got {shown(wanted)}")
+    return FieldArray(path, file, variable, variable.dtype)
 
 
 def natural_values(path: str, variable: Variable, stored: Array) -> Array:
