@@ -149,6 +149,23 @@ def test_complete_takes_a_mask_from_a_file(image_run: Path, tmp_path: Path) -> N
         assert not np.array_equal(file["mean"][:, :6], file["input"][:, :6])
 
 
+def test_complete_draws_several(image_run: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        arguments = ["complete", str(image_run), "--mask", "half", "--count", "2", "--draws", "3", "--out"]
+        assert main([*arguments, str(tmp_path / out)]) == 0
+    assert main(["complete", str(image_run), "--mask", "half", "--count", "2", "--out", str(tmp_path / "c")]) == 0
+    with np.load(tmp_path / "a" / "complete.npz") as file:
+        drawn, observed = file["draws"], file["observed"]
+        assert drawn.shape == (2, 3, 8, 9, file["input"].shape[-1])
+        assert np.array_equal(drawn[:, 0][observed], file["input"][observed])
+        assert (drawn.std(1)[~observed] > 0).all()
+        np.testing.assert_allclose(file["spread"], drawn.std(1, ddof=1), atol=1e-6)
+        with np.load(tmp_path / "b" / "complete.npz") as again:
+            assert np.array_equal(again["draws"], drawn)
+    with Image.open(tmp_path / "a" / "complete.png") as wide, Image.open(tmp_path / "c" / "complete.png") as narrow:
+        assert wide.width > 1.5 * narrow.width  # three draws and their spread beside the other three columns
+
+
 def test_sampling_follows_the_seed(image_run: Path, tmp_path: Path) -> None:
     means = []
     for i, seed in enumerate(("1", "1", "2")):

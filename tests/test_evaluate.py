@@ -15,6 +15,7 @@ from vamoh.data import Dataset
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, split_indices, thin
 from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
+from vamoh.metrics import crps, psnr
 from vamoh.model import VaMoH
 from vamoh.points import PointSet, grid_coords
 
@@ -54,6 +55,47 @@ def test_reconstruction_and_completion_are_measured_as_defined() -> None:
     errors = ((mean - target)[:, ~seen.numpy()] ** 2).mean((1, 2))
     assert result["completion_psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-4)
     assert (result["functions"], result["points"], result["completion_mask"]) == (5, 36, "half")
+
+
+def test_completions_of_every_mask_and_what_z_alone_gives() -> None:
+    data, model = dataset(), tiny_model()
+    result = evaluate_model(model, data, samples=2, mask="random:0.4", seed=3)
+    points = data.batch(data.splits["test"])
+    from_z = model.decode(model.encode(points).mean, points.coords).mean
+    assert result["latent_psnr"] == pytest.approx(psnr(from_z, points.values).mean().item(), rel=1e-4)
+    assert result["latent_psnr"] != pytest.approx(result["psnr"], rel=1e-4)
+    assert list(result["completions"]) == ["random:0.4", "patch", "half", "outside", "random:0.5"]
+    for name, scores in result["completions"].items():
+        seen = completion_mask(name, (6, 6), seed=3).flatten()
+        partial = points.with_mask(seen)
+        found = psnr(model.reconstruct(partial).mean, points.values, ~seen)
+        assert scores["psnr"] == pytest.approx(found.mean().item(), rel=1e-4) and scores["functions"] == 5
+        # Few draws scatter around the mean completion: the best is better than most, the score no exact zero.
+        assert scores["psnr"] - 1 < scores["best_psnr"] < MAX_PSNR and 0 < scores["crps"] < 1
+    assert result["completions"]["random:0.4"]["psnr"] == pytest.approx(result["completion_psnr"], rel=1e-6)
+    assert evaluate_model(model, data, samples=2, mask="random:0.4", seed=3) == result
+
+
+def test_the_best_draw_and_the_score_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = dataset(), tiny_model()
+    points = data.batch(data.splits["test"])
+    calls: list[Tensor] = []
+    original = VaMoH.decode
+
+    def decode(self: VaMoH, z: Tensor, coords: Tensor, **kwargs: bool) -> Reconstruction:
+        result = original(self, z, coords, **kwargs)
+        if len(z) == 8 * 5:
+            calls.append(result.mean.unflatten(0, (8, 5)))
+        return result
+
+    monkeypatch.setattr(VaMoH, "decode", decode)
+    result = evaluate_model(model, data, samples=2, mask="half")
+    seen = completion_mask("half", (6, 6)).flatten()
+    every = torch.stack([psnr(draw, points.values, ~seen) for draw in calls[0]])
+    scores = result["completions"]["half"]
+    assert len(calls) == 4 and every.std(0).min() > 0
+    assert scores["best_psnr"] == pytest.approx(every.amax(0).mean().item(), rel=1e-5)
+    assert scores["crps"] == pytest.approx(crps(calls[0], points.values, ~seen).mean().item(), rel=1e-5)
 
 
 def test_terms_and_bits_are_consistent() -> None:

@@ -51,6 +51,12 @@ def test_components_keep_their_colours() -> None:
     assert np.array_equal(figures.show_components(np.array([[1]]), Look("image", 9))[0, 0], panel[0, 1])
 
 
+def test_spread_is_the_largest_of_the_channels() -> None:
+    spread = np.array([[[0.0, 0.0], [0.1, 0.2], [0.2, 0.0]]])
+    none, some, same = figures.show_spread(spread, 0.2, IMAGE)[0]
+    assert none.max() < 0.05 and some.min() > 0.7 and np.array_equal(some, same)
+
+
 def test_entropy_is_scaled_by_log_k() -> None:
     low, high = figures.show_entropy(np.array([[0.0, math.log(3)]]), IMAGE)[0]
     assert low.sum() < 0.05 and high.sum() > 2.5

@@ -78,3 +78,24 @@ def test_mismatched_arguments_are_named() -> None:
         metrics.mse(good, good, torch.ones(3))
     with pytest.raises(ValueError, match=r"bits_per_dim: points must be at least 1, got 0"):
         metrics.bits_per_dim(torch.zeros(1), 0, 1)
+
+
+def test_crps_is_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(5, 2, 7, 3, dtype=torch.float64, generator=generator)
+    target = torch.rand(2, 7, 3, dtype=torch.float64, generator=generator)
+    mask = torch.rand(2, 7, generator=generator) < 0.7
+    for b, score in enumerate(metrics.crps(draws, target, mask).tolist()):
+        each = []
+        for n in mask[b].nonzero()[:, 0].tolist():
+            for c in range(3):
+                x, y = draws[:, b, n, c].tolist(), float(target[b, n, c])
+                apart = sum(abs(p - q) for p in x for q in x) / 25
+                each.append(sum(abs(p - y) for p in x) / 5 - apart / 2)
+        assert score == pytest.approx(sum(each) / len(each), rel=1e-12)
+    one = metrics.crps(draws[:1], target)
+    torch.testing.assert_close(one, (draws[0] - target).abs().mean((1, 2)))
+    # Of a normal distribution, at its mean: sd (sqrt 2 - 1) / sqrt pi.
+    normal = torch.randn(4000, 1, 20, 1, dtype=torch.float64, generator=generator)
+    found = metrics.crps(normal, torch.zeros(1, 20, 1, dtype=torch.float64))
+    assert found.item() == pytest.approx((2**0.5 - 1) / torch.pi**0.5, rel=0.02)

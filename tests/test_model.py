@@ -352,6 +352,34 @@ def test_a_context_hides_points_from_the_encoder_alone(centroids, masked):
     torch.testing.assert_close(terms(model, points, noise, context=everything), terms(model, points, noise))
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_draws_of_a_completion(own, elsewhere):
+    model, points = build(), grid().with_mask(masks(3, 30))
+    if own:
+        points = PointSet(points.coords.expand(3, -1, -1).contiguous(), points.values, points.mask)
+    coords = torch.rand(*([3] if own else []), 7, 2, dtype=torch.float64, generator=seeded(1)) if elsewhere else None
+    calls, encode = [], model.encode
+    model.encode = lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1]
+    result = model.reconstruct(points, coords, draws=4, generator=seeded())
+    assert len(calls) == 1 and result.decoded.shape == (4, 3, 7 if elsewhere else 30, 1)
+    q, g = encode(points), seeded()
+    for drawn in result.decoded:
+        z = q.sample(torch.randn(3, 3, dtype=torch.float64, generator=g))
+        torch.testing.assert_close(drawn, model.reconstruct(points, coords, z=z).mean)
+    torch.testing.assert_close(result.mean, result.decoded.mean(0))
+    torch.testing.assert_close(result.std, result.decoded.std(0))
+    assert result.std.amin() > 0 and not model.reconstruct(points, draws=1).std.any()
+
+
+def test_draws_are_of_the_posterior():
+    model, points = build(), grid()
+    with pytest.raises(ValueError, match="reconstruct: z must be left out with draws"):
+        model.reconstruct(points, z=torch.zeros(3, 3).double(), draws=2)
+    with pytest.raises(ValueError, match="reconstruct: draws must be at least 1"):
+        model.reconstruct(points, draws=0)
+
+
 def test_padded_lists_equal_separate_ones():
     model, g, sizes = build(), seeded(), [20, 5, 11]
     coords = [torch.rand(n, 2, dtype=torch.float64, generator=g) for n in sizes]

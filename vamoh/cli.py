@@ -107,6 +107,8 @@ class Complete(_Choice):
     mask: str = "patch"
     """patch: a hole in the centre; half: only the left half is seen; outside: only the centre is seen;
     random:RATE: points are missing with that probability; or a .npy or .png file, white or True where seen"""
+    draws: int | None = None
+    """also show so many completions, each by a draw of what was not seen, and their standard deviation"""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_run_config
 from vamoh.data import Dataset, Domain, open_dataset
 from vamoh.distributed import join
-from vamoh.evaluate import MAX_PSNR, completable, evaluate_model, infer, observe, split_indices
+from vamoh.evaluate import MAX_PSNR, completable, evaluate_model, infer, observe, split_indices, thin
 from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
 from vamoh.generator import Reconstruction
@@ -47,10 +47,12 @@ Array = NDArray[Any]
 # What the evaluation after training may cost: points to reconstruct, and points times importance samples to score.
 RECONSTRUCTED_POINTS = 800_000
 SCORED_POINTS = 3_200_000
-# Points of one batch of a command, which bounds its memory, and functions of a figure; arrays hold all of them.
+# Points of one batch of a command, which bounds its memory; functions of a figure, and completions of a function there:
+# arrays hold all of them.
 BATCH_POINTS = 2**18
 DRAWN_SAMPLES = 64
 DRAWN_ROWS = 32
+DRAWN_COMPLETIONS = 6
 
 
 @dataclass(frozen=True)
@@ -211,11 +213,13 @@ def complete(
     index: tuple[int, ...],
     count: int,
     mask: str,
+    draws: int | None,
 ) -> str:
-    """Fill in the points that a mask hides."""
+    """Fill in the points that a mask hides; by several draws of z, where they are asked for."""
     opened = open_run(run, device, seed, data)
     indices = _chosen(opened, split, index, count)
     seen = completion_mask(mask, opened.dataset.shape, seed=seed).flatten().to(opened.device)
+    generator = torch.Generator(opened.device).manual_seed(seed)
 
     def one(points: PointSet) -> dict[str, Array]:
         partial = observe(points, seen)
@@ -234,14 +238,21 @@ def complete(
             "mean_map": opened.grid(result.mean_map),
             "completed": _completed(opened, partial, result),
             "psnr_missing": _decibel(result.mean, points.values, hidden),
+            **({} if draws is None else _completions(opened, partial, draws, generator)),
         }
 
-    arrays = _in_batches(opened, indices, one)
+    arrays = _in_batches(opened, indices, one, opened.dataset.points * (draws or 1))
     columns = [
         Column("Input", _values(arrays["input"], opened.look, _seen(opened, indices)), "values"),
         Column("Masked input", _values(arrays["input"], opened.look, arrays["observed"])),
         Column("Completion", _values(arrays["completed"], opened.look)),
     ]
+    if draws is not None:
+        for i, drawn in enumerate(np.moveaxis(arrays["draws"], 1, 0)[:DRAWN_COMPLETIONS]):
+            columns.append(Column(f"Draw {i + 1}", _values(drawn, opened.look)))
+        top = float(arrays["spread"].max())
+        panels = [figures.show_spread(spread, top, opened.look) for spread in arrays["spread"]]
+        columns.append(Column(f"Standard deviation, to {top:.2g}", panels))
     labels = ["nothing hidden" if math.isnan(value) else f"{value:.1f} dB" for value in arrays["psnr_missing"]]
     return _write(opened, out, "complete", columns, arrays, labels)
 
@@ -402,14 +413,21 @@ def summarize(run: Run) -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     """Lay out an evaluation as lines of name, value and unit."""
-    unit = result.get("unit", "")
+    unit, given = result.get("unit", ""), result["completion_mask"]
+    completions = result.get("completions", {})
+    best = {"best_psnr": completions[given]["best_psnr"]} if given in completions else {}
+    others = {name: scores["psnr"] for name, scores in completions.items() if name != given}
+    result = {**result, **best, **others}
     rows = [
         ("reconstruction PSNR", "psnr", "dB"),
+        ("  from z alone", "latent_psnr", "dB"),
         ("reconstruction RMSE", "rmse", unit),
         ("reconstruction IoU", "iou", ""),
         (f"completion PSNR ({result['completion_mask']})", "completion_psnr", "dB"),
+        ("  best of 8 draws", "best_psnr", "dB"),
         (f"completion RMSE ({result['completion_mask']})", "completion_rmse", unit),
         (f"completion IoU ({result['completion_mask']})", "completion_iou", ""),
+        *((f"completion PSNR ({name})", name, "dB") for name in others),
         ("ELBO", "elbo", "nats"),
         ("  log-likelihood", "log_likelihood", "nats"),
         ("  KL of the latent", "kl_z", "nats"),
@@ -467,6 +485,20 @@ def _strip(run: Run) -> Path:
         *_maps(run.grid(result.segmentation), run.grid(result.entropy), given, look),
     ]
     return figures.write_strip(run.folder / "strip.png", columns, look)
+
+
+def _completions(run: Run, partial: PointSet, draws: int, generator: torch.Generator) -> dict[str, Array]:
+    """Completions [B, S, *shape, C], each by its own draw of z, and their standard deviation [B, *shape, C].
+
+    The observed points are as they are given.
+    """
+    choice = torch.Generator().manual_seed(run.seed)
+    shown = thin(partial, run.config.train.num_points, choice, run.model.min_points)
+    values = run.model.reconstruct(shown, partial.coords, draws=draws, generator=generator).decoded
+    observed = torch.ones_like(values[0, ..., 0], dtype=torch.bool) if partial.mask is None else partial.mask
+    values = torch.where(observed[..., None], partial.values, values)  # [S, B, N, C]
+    spread = values.std(0, correction=min(1, draws - 1))
+    return {"draws": np.stack([run.grid(draw) for draw in values], 1), "spread": run.grid(spread)}
 
 
 def _completed(run: Run, partial: PointSet, result: Reconstruction) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from vamoh.points import PointSet
 
 # Stands for the infinite PSNR of an exact reconstruction, so that averages stay finite.
 MAX_PSNR = 100.0
+COMPLETIONS = ("patch", "half", "outside", "random:0.5")
+"""Masks that every evaluation completes."""
+DRAWS = 8
 # Points of one batch, which bounds the memory.
 MAX_POINTS = 2**18
 
@@ -99,10 +103,13 @@ def evaluate_model(
     Returns plain values: data, split, functions, points; elbo, log_likelihood, kl_z, kl_c (nats per function, by one
     sample); importance_samples, importance_functions, importance_bound (nats), bits_per_dim (from that bound, with a
     normalised probability of 8-bit values for the logistic; a density's for the continuous Bernoulli); psnr (dB) and
-    mse of the reconstruction; completion_mask, completion_psnr (dB, missing points only). Voxels add iou and
-    completion_iou (threshold 0.5); data with a unit add rmse, completion_rmse and unit. completion_left_out lists
-    the functions of which the mask hides no observed point, or leaves fewer than the encoder needs; where it lists all,
-    there is no completion to measure.
+    mse of the reconstruction, in which the components know the values; latent_psnr (dB) from z alone, the components by
+    p(c | x, z); completion_mask, completion_psnr (dB, missing points only). Voxels add iou and completion_iou
+    (threshold 0.5); data with a unit add rmse, completion_rmse and unit. completion_left_out lists the functions of
+    which the mask hides no observed point, or leaves fewer than the encoder needs; where it lists all, there is no
+    completion to measure.
+    completions: of the mask and each of `COMPLETIONS`, over the missing points: psnr (dB), as completion_psnr;
+    best_psnr (dB), of the best of 8 draws of z; crps of these draws, see `metrics.crps`; functions, their number.
     Raises ValueError for an unknown split or mask.
     """
     check_type("evaluate", "model", model, VaMoH)
@@ -116,13 +123,15 @@ def evaluate_model(
     indices = split_indices(dataset, split, count=count)
     weighted = split_indices(dataset, split, count=importance_count if importance_count is not None else count)
     shape = dataset.shape or (dataset.points,)
-    seen = completion_mask(mask, shape, seed=seed).flatten().to(device)
+    masks = {name: seen.flatten().to(device) for name, seen in _masks(mask, shape, seed).items()}
     # None: a bar on a terminal only.
     quiet = None if progress else True
     noise = torch.Generator(device=device).manual_seed(seed)
+    latents = torch.Generator(device=device).manual_seed(seed)
     choice = torch.Generator().manual_seed(seed)
     columns: dict[str, list[Tensor]] = {}
     left_out: list[int] = []
+    completions: dict[str, dict[str, list[Tensor]]] = {}
 
     def collect(**values: Tensor) -> None:
         for name, value in values.items():
@@ -139,19 +148,35 @@ def evaluate_model(
             span = dataset.units[2] - dataset.units[1]
             collect(**{f"{prefix}rmse": metrics.rmse(mean, target, where, span=span)})
 
+    def complete(name: str, points: PointSet, seen: Tensor) -> None:
+        partial, hidden = observe(points, seen), ~seen if points.mask is None else points.mask & ~seen
+        q = model.encode(thin(partial, num_points, choice, model.min_points))
+        mean = model.reconstruct(partial, z=q.mean).mean
+        if name == mask:
+            compare("completion_", mean, points, hidden)
+        z = torch.cat([q.sample(torch.randn(q.mean.shape, generator=latents, device=device)) for _ in range(DRAWS)])
+        coords = points.coords if points.coords.dim() == 2 else points.coords.repeat(DRAWS, 1, 1)
+        draws = model.decode(z, coords, with_pi=False).mean.unflatten(0, (DRAWS, -1))
+        best = torch.stack([metrics.psnr(draw, points.values, hidden) for draw in draws]).amax(0)
+        scores = completions.setdefault(name, {"psnr": [], "best_psnr": [], "crps": []})
+        scores["psnr"].append(metrics.psnr(mean, points.values, hidden).clamp(max=MAX_PSNR).double().cpu())
+        scores["best_psnr"].append(best.clamp(max=MAX_PSNR).double().cpu())
+        scores["crps"].append(metrics.crps(draws, points.values, hidden).double().cpu())
+
     for part in Progress(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
         points = model.prepare(dataset.batch(part))
         terms = model.elbo(thin(points, num_points, choice, model.min_points), generator=noise)
         collect(elbo=terms.elbo, log_likelihood=terms.log_likelihood, kl_z=terms.kl_z, kl_c=terms.kl_c)
-        mean = model.reconstruct(points, z=infer(model, points, num_points, choice)).mean
-        compare("", mean, points, points.mask)
-        can = completable(points, seen, model.min_points)
-        left_out += part[~can.cpu()].tolist()
-        if can.any():
-            points = points if can.all() else points.part(can.nonzero()[:, 0])
-            partial = observe(points, seen)
-            mean = model.reconstruct(partial, z=infer(model, partial, num_points, choice)).mean
-            compare("completion_", mean, points, ~seen if points.mask is None else points.mask & ~seen)
+        z = infer(model, points, num_points, choice)
+        compare("", model.reconstruct(points, z=z).mean, points, points.mask)
+        from_z = model.decode(z, points.coords, with_pi=False).mean
+        collect(latent_psnr=metrics.psnr(from_z, points.values, points.mask).clamp(max=MAX_PSNR))
+        for name, seen in masks.items():
+            can = completable(points, seen, model.min_points)
+            left_out += part[~can.cpu()].tolist() if name == mask else []
+            if can.any():
+                whole = points if can.all() else points.part(can.nonzero()[:, 0])
+                complete(name, whole, seen)
 
     for part in Progress(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
         points = thin(model.prepare(dataset.batch(part)), num_points, choice, model.min_points)
@@ -170,6 +195,21 @@ def evaluate_model(
         "importance_samples": samples,
         "importance_functions": len(weighted),
         "completion_mask": mask,
+        "completions": {name: _averages(scores) for name, scores in completions.items()},
         **({"completion_left_out": left_out} if left_out else {}),
         **({"unit": dataset.units[0]} if dataset.units[0] else {}),
     }
+
+
+def _masks(mask: str, shape: tuple[int, ...], seed: int) -> dict[str, Tensor]:
+    """The mask of that name, and those of `COMPLETIONS`, but for those that this grid is too small for."""
+    masks = {mask: completion_mask(mask, shape, seed=seed)}
+    for name in COMPLETIONS:
+        with suppress(ValueError):
+            masks.setdefault(name, completion_mask(name, shape, seed=seed))
+    return masks
+
+
+def _averages(scores: dict[str, list[Tensor]]) -> dict[str, float]:
+    values = {name: torch.cat(parts) for name, parts in scores.items()}
+    return {"functions": len(values["psnr"]), **{name: value.mean().item() for name, value in values.items()}}

@@ -104,6 +104,16 @@ def show_entropy(entropy: Array, look: Look, solid: Array | None = None) -> Arra
     return _paint(_colors(entropy / _entropy_top(look), colormaps.get_cmap("magma")), look, solid)
 
 
+def show_spread(spread: Array, top: float, look: Look) -> Array:
+    """Panel of standard deviations [*shape, C], the largest of the channels, from 0 to `top`.
+
+    Voxels are painted where the deviation is at least half of `top`.
+    """
+    largest = np.asarray(spread, dtype=np.float64).max(-1)
+    colors = _colors(largest / max(top, np.finfo(np.float64).tiny), colormaps.get_cmap("magma"))
+    return _paint(colors, look, largest >= top / 2 if look.kind == "voxels" else None)
+
+
 def show_globe(values: Array, look: Look, *, latitude: float = 25.0, longitude: float = 10.0, size: int = 240) -> Array:
     """Panel of a latitude-longitude field [rows, columns, C] seen from far above a point of the sphere (degrees)."""
     half = (np.arange(2 * size) + 0.5) / size - 1.0

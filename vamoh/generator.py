@@ -49,6 +49,23 @@ class Reconstruction:
         return nats.sum(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """S functions that fit what was seen, at M points, each of its own z: decoded [S, B, M, C], without noise."""
+
+    decoded: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the draws, [B, M, C]."""
+        return self.decoded.mean(0)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the draws, [B, M, C]; 0 for a single one."""
+        return self.decoded.std(0, correction=min(1, len(self.decoded) - 1))
+
+
 def expected_log_likelihood(
     theta: Tensor,
     features: Tensor,

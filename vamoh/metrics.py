@@ -37,6 +37,22 @@ def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tens
     return -10 * _mean_square("psnr", prediction, target, mask).log10()
 
 
+def crps(draws: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Continuous ranked probability score of S draws [S, B, N, C], mean over points and channels, [B]; 0 is exact.
+
+    E|X - y| - E|X - X'| / 2 with X and X' of the draws (Gneiting and Raftery 2007): a distance in units of the values,
+    the mean absolute error where S = 1. The rest is as in `mse`.
+    """
+    check_tensor("crps", "draws", draws, ["S", "B", "N", "C"], dtypes=FLOATING)
+    weight = _weight("crps", draws[0], target, mask)
+    count = len(draws)
+    rank = torch.arange(1 - count, count, 2, device=draws.device, dtype=draws.dtype)
+    # Of sorted draws, Σ_ij |x_i - x_j| is 2 Σ_i (2i - S - 1) x_i.
+    spread = (draws.sort(0).values * rank.view(-1, 1, 1, 1)).sum(0) / count**2
+    score = ((draws - target).abs().mean(0) - spread).sum(-1)
+    return (score * weight).sum(1) / (weight.sum(1) * target.shape[-1])
+
+
 def iou(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, threshold: float = 0.5) -> Tensor:
     """Intersection over union of the occupied points, [B]; 1 where both are empty, NaN where no point counts.
 

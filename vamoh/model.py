@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures, raw_metric
 from vamoh.gating import Gating, posterior_and_prior, uniform
-from vamoh.generator import Part, Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
+from vamoh.generator import Draws, Part, Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
 from vamoh.likelihood import Likelihood
@@ -412,6 +413,33 @@ class VaMoH(nn.Module):
             log_weights.append(log_likelihood + self._prior_z.log_prob(z) - posterior.log_prob(z))
         return importance_bound(torch.stack(log_weights))
 
+    @overload
+    def reconstruct(
+        self,
+        points: PointSet,
+        coords: Tensor | None = None,
+        *,
+        z: Tensor | None = None,
+        posterior_at: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
+        progress: bool = False,
+        draws: None = None,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction: ...
+
+    @overload
+    def reconstruct(
+        self,
+        points: PointSet,
+        coords: Tensor | None = None,
+        *,
+        posterior_at: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
+        progress: bool = False,
+        draws: int,
+        generator: torch.Generator | None = None,
+    ) -> Draws: ...
+
     @torch.no_grad()
     def reconstruct(
         self,
@@ -422,7 +450,9 @@ class VaMoH(nn.Module):
         posterior_at: Tensor | None = None,
         neighborhoods: Neighborhoods | None = None,
         progress: bool = False,
-    ) -> Reconstruction:
+        draws: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Reconstruction | Draws:
         """Encode the observed points, decode anywhere: reconstruction, completion, super-resolution.
 
         coords: [M, D] or [B, M, D], default the points' own coordinates, observed or not.
@@ -430,11 +460,23 @@ class VaMoH(nn.Module):
         posterior_at: [N] int64, the position in `coords` of every given point; there, where a point is observed, the
         posterior over components replaces the prior. Default: every point, if `coords` is not given, else none.
         progress: show a bar on standard error, for fine grids.
+        draws: decode so many draws from q(z), by `generator`, instead of its mean; see `Draws`. The encoder runs once.
         Without gradients; `decode(encode(points).mean, coords)` has them.
         """
         where = "reconstruct"
         self._check_points(points)
         check_type(where, "progress", progress, bool)
+        if draws is not None:
+            check_positive(where, "draws", draws)
+            if z is not None:
+                raise ValueError(f"{where}: z must be left out with draws, which are of q(z)")
+            q = self.encode(points, neighborhoods=neighborhoods)
+            drawn = torch.cat([q.sample(self._randn(points.batch, generator=generator)) for _ in range(draws)])
+            again = points.repeat(draws)
+            if coords is not None and coords.dim() == 3:
+                coords = coords.repeat(draws, 1, 1)
+            result = self.reconstruct(again, coords, z=drawn, posterior_at=posterior_at, progress=progress)
+            return Draws(result.mean.unflatten(0, (draws, points.batch)))
         if coords is None:
             coords, posterior_at = points.coords, torch.arange(points.count, device=points.values.device)
         else:

@@ -161,6 +161,12 @@ class PointSet:
         mask = self.mask[functions] if self.mask is not None and self.mask.dim() == 2 else self.mask
         return self._with(coords, self.values[functions], mask)
 
+    def repeat(self, times: int) -> PointSet:
+        """The batch so many times over, one after another: B · times functions."""
+        coords = self.coords.repeat(times, 1, 1) if self.coords.dim() == 3 else self.coords
+        mask = self.mask.repeat(times, 1) if self.mask is not None and self.mask.dim() == 2 else self.mask
+        return self._with(coords, self.values.repeat(times, 1, 1), mask)
+
     def compact(self) -> PointSet:
         """Drop the points that no function observes; a mask shared by the batch disappears.
 
