@@ -107,13 +107,23 @@ def _graph(extra: dict[str, Any]) -> tuple[str, ...]:
     return _ratio(extra.get("contestants", {}).get("graph")), _percent(extra.get("roofline"))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON; [] where there is no file. What a killed process tore is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
 def read(path: Path) -> dict[str, Any]:
     """A file as `report` takes it; JSON lines, torn at the end or not, are brought into that form."""
     if path.suffix != ".jsonl":
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end is torn
     lines: dict[str, list[dict[str, Any]]] = {}
-    for line in map(json.loads, whole):
+    for line in read_lines(path):
         lines.setdefault(line["kind"], []).append(line)
     of = lines["environment"][0]
     driver = f", driver {of['driver']}" if of.get("driver") else ""

@@ -1,13 +1,32 @@
-"""What launches share: the device of the tensors, as the plans know it and as the current one, and the precision."""
+"""What launches share: how kernels are compiled, the device of the tensors, as the plans know it, and the precision."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 
 from ._plan import Device
+
+SIZES = frozenset({
+    "theta_b", "theta_k", "features_b", "log_pi_k", "log_pi_n", "points", "rows_total", "tiles", "batch", "components",
+    "groups", "pairs", "splits", "samples", "layers", "coords_b", "shares", "size", "steps", "q_b", "q_k", "q_n", "p_b",
+    "p_k", "p_n", "mask_b", "mask_n",
+})  # fmt: skip
+"""Integer arguments of kernels: sizes of a call, strides, and how its work is cut."""
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` of a function that is launched, compiled once for all sizes.
+
+    Triton would compile it anew where an integer is 1 or a multiple of 16: with point dropout, again and again.
+    """
+    sizes = [name for name in inspect.signature(function).parameters if name in SIZES]
+    return triton.jit(function, do_not_specialize=sizes)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -20,7 +39,7 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":  # under the interpreter; few programs, so that they share, split and group as on a GPU
         return Device(90, 3)
     properties = torch.cuda.get_device_properties(device)
-    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count, properties.name)
 
 
 def products(precision: str) -> str:

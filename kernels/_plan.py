@@ -1,8 +1,17 @@
-"""What the plans share: the device, and how many shares of the work keep it busy."""
+"""What the plans share: the device, what was measured on it, and how many shares of the work keep it busy.
+
+A table `tuned/<device>.json` holds the fastest blocks that a sweep found on a GPU; docs/gpu.md says how it is made.
+Where there is none of a GPU, of an op or of its sizes, blocks are those of the model in the plan's own file.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 MOST_PARTIAL = 128 << 20
 """Bytes of partial sums at which splits stop to grow."""
@@ -10,14 +19,48 @@ MOST_PARTIAL = 128 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: compute capability (80, 90, ...) and number of multiprocessors."""
+    """A GPU: compute capability (80, 90, ...), number of multiprocessors, and name as its driver gives it."""
 
     capability: int
     multiprocessors: int
+    name: str = ""
 
     def programs(self, registers: int, warps: int) -> int:
         """As many programs of so many registers per thread as have registers."""
         return self.multiprocessors * max(1, 65536 // (registers * 32 * warps))
+
+
+TUNED = Path(__file__).parent / "tuned"
+
+
+def table_path(name: str) -> Path:
+    """Where the table of a GPU of this name is kept: tuned/nvidia_h100_80gb_hbm3.json."""
+    return TUNED / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
+
+
+def measured(device: Device, op: str, sizes: Sequence[int], *variant: object) -> dict[str, int] | None:
+    """Blocks measured on this GPU for an op, its sizes and its variant, by name; None if there are none."""
+    return _table(device.name, device.capability).get((op, tuple(sizes), *variant))
+
+
+def origin(name: str, capability: int) -> str:
+    """In words, where the plans for a GPU come from."""
+    found = len(_table(name, capability))
+    return f"{found} measured on this GPU ({table_path(name).name}), else modelled" if found else "modelled"
+
+
+@functools.cache
+def _table(name: str, capability: int) -> dict[tuple[object, ...], dict[str, int]]:
+    path = table_path(name)
+    if not name or not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["capability"] != capability:
+            return {}
+        return {(e["op"], tuple(e["sizes"]), *e["variant"]): dict(e["blocks"]) for e in table["plans"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"kernels: {path} must be a table as a sweep writes it, got {error!r}") from error
 
 
 def splits(items: int, tiles: int, programs: int, size: int) -> int:

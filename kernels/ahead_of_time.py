@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import gating, gating_plan, inr_mixture, inr_mixture_plan, planar_flow, planar_flow_plan
+from ._launch import SIZES
 from ._plan import Device
 from .inr_mixture_plan import PRECISIONS
 
@@ -31,12 +32,7 @@ MOST_SPILLED = {"forward": 0, "train": 64}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TYPES = {"first": "*i32", "second": "*i32", "seed": "*i64", "mask": "*i1"}
 _FLOATS = ("half_bin", "epsilon", "slope", "omega", "share", "constant")
-_INTEGERS = (
-    "theta_b", "theta_k", "features_b", "log_pi_k", "log_pi_n", "points", "rows_total", "tiles", "batch", "components",
-    "groups", "pairs", "splits", "samples", "layers", "coords_b", "shares", "size", "steps", "q_b", "q_k", "q_n", "p_b",
-    "p_k", "p_n", "mask_b", "mask_n",
-)  # fmt: skip
-_TYPES |= dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(_INTEGERS, "i32")
+_TYPES |= dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(SIZES, "i32")
 
 
 @dataclass(frozen=True)
@@ -51,13 +47,18 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel of `inr_mixture.py`: layer widths, whether mirrored, activation, likelihood as in the ops."""
+    """A kernel of `inr_mixture.py`: layer widths, whether mirrored, activation, likelihood as in the ops.
+
+    size: B, K and pairs or points; blocks: those of the plan by default.
+    """
 
     op: str
     widths: tuple[int, ...]
     mirrored: bool = True
     sine: bool = False
     likelihood: tuple[str, float, float, bool] = ("logistic", 1 / 512, 1e-7, False)
+    size: tuple[int, int, int] = (64, 10, 4096)
+    blocks: inr_mixture_plan.Blocks | None = None
     precisions = PRECISIONS
 
     def cells(self) -> list[str]:
@@ -70,22 +71,38 @@ class Case:
         """How the op compiles it."""
         training = self.op in ("expected", "outputs_backward")
         device = Device(capability, 132)
-        p = inr_mixture_plan.plan(self.op, 64, 10, 4096, self.widths, precision, device, self.mirrored)
-        meta = inr_mixture.constants(p, self.widths, self.mirrored, self.sine, self.likelihood, precision)
+        p = inr_mixture_plan.plan(
+            self.op, *self.size, self.widths, precision, device, self.mirrored, self.blocks
+        )  # fmt: skip
+        likelihood = (self.likelihood[0], 0.0, 0.0, False) if self.op == "mean" else self.likelihood
+        likelihood = ("none", 0.0, 0.0, False) if "outputs" in self.op else likelihood
+        meta = inr_mixture.constants(p, self.widths, self.mirrored, self.sine, likelihood, precision)
         meta |= {"MODE": self.op} | ({"TILE": p.tile} if training else {})
         meta |= {} if self.mirrored else {"first": None, "second": None}
+        unused = {
+            "log_likelihood": ["log_pi"],
+            "outputs": ["values", "scale", "log_pi"],
+            "mean": ["values", "scale"],
+            "outputs_backward": ["weights", "scale", "log_p_out"],
+        }
+        meta |= dict.fromkeys(unused.get(self.op, []))
         kernel, kind = (inr_mixture.train, "train") if training else (inr_mixture.forward, "forward")
         return Compilation(kernel, kind, f"{p.rows}×{p.outputs}×{p.inputs}, {_machine(meta)}", meta)
 
 
 @dataclass(frozen=True)
 class FlowCase:
-    """A kernel of `planar_flow.py`: T, Z, and whether the noise is made in the kernel."""
+    """A kernel of `planar_flow.py`: T, Z, and whether the noise is made in the kernel.
+
+    samples: per function; blocks: those of the plan by default.
+    """
 
     op: str
     layers: int
     latent: int
     counted: bool = False
+    samples: int = 4096
+    blocks: planar_flow_plan.Blocks | None = None
     precisions = ("ieee",)
 
     def cells(self) -> list[str]:
@@ -97,7 +114,8 @@ class FlowCase:
         """How the op compiles it."""
         single = self.op in ("log_prob", "sample", "backward")
         batch = 1 if single else 64
-        p = planar_flow_plan.plan(self.op, 4096, batch, self.latent, self.layers, Device(capability, 132))
+        device = Device(capability, 132)
+        p = planar_flow_plan.plan(self.op, self.samples, batch, self.latent, self.layers, device, self.blocks)
         meta = planar_flow.constants(p, self.latent, self.op)
         unused = {
             "log_prob": ["drawn"],
@@ -252,21 +270,29 @@ def cases() -> list[AnyCase]:
 _NOISY = ("value", "expected")
 
 
-def report(case: AnyCase, precision: str, capability: int, *, ones: bool = False) -> Report:
-    """Compile one kernel for one chip; ones: all sizes and strides that are arguments are 1, which compiles them in."""
+def source(case: AnyCase, precision: str, capability: int) -> tuple[ASTSource, dict[str, object]]:
+    """What is compiled of a kernel, and how, as when it is launched: tensors lie at multiples of 16 bytes."""
     c = case.compilation(precision, capability)
     kernel, meta = c.kernel, dict(c.constants)
     options = {name: meta.pop(name) for name in _OPTIONS}
-    if ones:
-        meta |= {name: 1 for name in _INTEGERS if name in kernel.arg_names}
     signature = {name: _TYPES.get(name, "*fp32") if name not in meta else "constexpr" for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, meta, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for i, kind in enumerate(signature.values()):
+        if kind == "constexpr":
+            attributes[i,] = []
+        elif kind.startswith("*"):
+            attributes[i,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, meta, attributes), options
+
+
+def report(case: AnyCase, precision: str, capability: int) -> Report:
+    """Compile one kernel for one chip."""
+    code, options = source(case, precision, capability)
+    compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     said = _assemble(ptx)
     return Report(
-        c.block,
+        case.compilation(precision, capability).block,
         max(int(n) for n in re.findall(r"Used (\d+) registers", said)),
         sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
         compiled.metadata.shared,
@@ -298,10 +324,11 @@ def row(case: AnyCase, precision: str, capability: int) -> str:
 
 HEADER = """# Triton kernels: what the compiler reports
 
-No GPU has run these kernels yet and no time of theirs is known: this is what the compiler says of them, Triton {triton}
-with its own ptxas. `python -m vamoh.kernels.ahead_of_time docs/kernels.md` writes this page, of sources with the digest
-{digest}. `tests/kernels/test_ahead_of_time.py` holds the limits: {limit} KB (sm_80) and {other} KB (sm_90) of shared
-memory per block, no spilled register in forward kernels, and at most {spilled} bytes of them per thread in training.
+What Triton {triton} and its ptxas say of the kernels, compiled as they are when they are launched; [gpu.md](gpu.md) has
+what is known of their speed. `python -m vamoh.kernels.ahead_of_time docs/kernels.md` writes this page, of sources with
+the digest {digest}. `tests/kernels/test_ahead_of_time.py` holds the limits: {limit} KB (sm_80) and {other} KB (sm_90)
+of shared memory per block, no spilled register in forward kernels, and at most {spilled} bytes of them per thread in
+training.
 
 The first ops are those of `inr_mixture`; `flow` are those of `planar_flow`, where value is the expected log-density
 alone, expected that with its gradients, and backward the gradients of log_prob. Block: rows × outputs × inputs of one

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _blocks, _math
-from ._launch import device_of, on, products
+from ._launch import device_of, kernel, on, products
 from .gating_plan import KL_POINTS, REGISTERS, CoordsPlan, Plan, coords_plan, kl_splits, plan
 
 
@@ -65,7 +65,7 @@ def _hidden_layer(
         tl.store(_blocks.at(to, 0, j, STEP_TO, BR, BO), h)
 
 
-@triton.jit
+@kernel
 def forward(
     coords, coords_b, shift, values, parameters, log_p, scratch, slope, points, tiles, batch, C: tl.constexpr,
     L: tl.constexpr, WIDTHS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr,
@@ -111,7 +111,7 @@ def forward(
         tl.store(log_p + (b * K + k) * points + row[:, None], logits, mask=(row < points)[:, None] & (k < K))
 
 
-@triton.jit
+@kernel
 def train(
     grad, log_p, coords, coords_b, shift, values, parameters, grad_coords, grad_shift, grad_values, grad_parameters,
     scratch, slope, points, tiles, batch, groups, shares, size, C: tl.constexpr, L: tl.constexpr, WIDTHS: tl.constexpr,
@@ -274,7 +274,7 @@ def _hidden_gradient(
         tl.store(_blocks.at(to, 0, i, STEP, BR, BJ), _math.activate_backward(acc, h, slope, 0.0, False))
 
 
-@triton.jit
+@kernel
 def coords_forward(
     encoded, weight, out, points, E: tl.constexpr, H: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr,
     BI: tl.constexpr, PRECISION: tl.constexpr,
@@ -295,7 +295,7 @@ def coords_forward(
     tl.store(out + (b * H + c) * points + row[None, :], acc, mask=(c < H) & (row < points)[None, :])
 
 
-@triton.jit
+@kernel
 def coords_train(
     grad, encoded, grad_weight, points, steps, splits, E: tl.constexpr, H: tl.constexpr, BO: tl.constexpr,
     BN: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
@@ -318,7 +318,7 @@ def coords_train(
     tl.store(grad_weight + (split.to(tl.int64) * H + c) * E + e, acc, mask=(c < H) & (e < E))
 
 
-@triton.jit
+@kernel
 def kl_forward(
     log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, mask, mask_b, mask_n, q, kl, points, batch, splits, K: tl.constexpr,
     BN: tl.constexpr,
@@ -345,7 +345,7 @@ def kl_forward(
     tl.store(kl + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit
+@kernel
 def kl_train(
     grad_q, grad_kl, q, log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, by_log_q, by_log_p, points, K: tl.constexpr,
     BN: tl.constexpr,

@@ -1,7 +1,6 @@
 """How the work of `gating.py` is cut: a function of sizes, precision and device, without Triton or a GPU.
 
-No GPU has run these kernels yet: block sizes were chosen by what the compiler reports (docs/kernels.md), the rest by
-counting.
+Block sizes were chosen by what the compiler reports (docs/kernels.md), the rest is counted.
 """
 
 from __future__ import annotations

@@ -22,8 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vamoh._cache import version
+
 from . import _blocks, _math
-from ._launch import device_of, on, products
+from ._launch import device_of, kernel, on, products
 from .inr_mixture_plan import REGISTERS, Plan, plan
 
 
@@ -117,7 +119,7 @@ def _output_layer(
     return acc + _blocks.bias(bias, 0, C, CP)
 
 
-@triton.jit
+@kernel
 def forward(
     theta, theta_b, theta_k, features, features_b, first, second, values, scale, log_pi, log_pi_k, log_pi_n,
     out, out_map, scratch, half_bin, epsilon, slope, omega, points, rows_total, tiles, batch, components, groups,
@@ -258,7 +260,7 @@ def _first_gradient(
                 _blocks.accumulate(to + half * EH, j, e, acc, fresh, H, EH, E, BO, BO)
 
 
-@triton.jit
+@kernel
 def train(
     theta, theta_b, theta_k, features, features_b, first, second, values, weights, scale, log_p_out, grad_theta,
     grad_scale, totals, scratch, half_bin, epsilon, slope, omega, points, rows_total, tiles, pairs, components, splits,
@@ -532,8 +534,8 @@ _PAIRS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _pairs(mirror: Tensor) -> tuple[Tensor, Tensor]:
     """Points that have the features computed, and the points opposite to them or -1; both int32."""
-    version, *pairs = _PAIRS.get(mirror, (None,))
-    if version != mirror._version:
+    written, *pairs = _PAIRS.get(mirror, (None,))
+    if written is None or written != version(mirror):
         points = torch.arange(len(mirror), device=mirror.device)
         partner = mirror.clamp(0, max(len(mirror) - 1, 0))
         if ((mirror >= len(mirror)) | ((mirror >= 0) & (mirror[partner] != points))).any():
@@ -541,5 +543,5 @@ def _pairs(mirror: Tensor) -> tuple[Tensor, Tensor]:
         first = ((mirror < 0) | (mirror >= points)).nonzero()[:, 0]
         second = torch.where(mirror[first] == first, -1, mirror[first])
         pairs = [first.int(), second.int()]
-        _PAIRS[mirror] = (mirror._version, *pairs)
+        _PAIRS[mirror] = (version(mirror), *pairs)
     return pairs[0], pairs[1]

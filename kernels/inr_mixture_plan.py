@@ -1,15 +1,16 @@
 """How the work of `inr_mixture.py` is cut: a function of sizes, precision and device, without Triton or a GPU.
 
-No GPU has run these kernels yet: block sizes were chosen by what the compiler reports (docs/kernels.md), the rest by
-counting.
+Block sizes are those measured on the GPU where there are any, else chosen by what the compiler reports
+(docs/kernels.md); the rest is counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ._plan import Device, power, splits, up
+from ._plan import Device, measured, power, splits, up
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 OPS = ("log_likelihood", "outputs", "mean", "expected", "outputs_backward")
@@ -21,6 +22,20 @@ MOST_SCRATCH = 32 << 20
 """Bytes of scratch of all programs at which a tile stops to grow; it fits an L2 cache of 40 or 50 MB."""
 MOST_TILE = 256
 """Rows after which more rows per update of the gradient save next to nothing."""
+
+
+class Blocks(NamedTuple):
+    """Of products: rows, most outputs, inputs; warps and stages; most rows per update of the gradient.
+
+    tile 0: as many rows as MOST_TILE and MOST_SCRATCH allow.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+    tile: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,15 +71,15 @@ def refusal(widths: Sequence[int]) -> str | None:
     return None
 
 
-def blocks(training: bool, precision: str, capability: int) -> tuple[int, int, int, int, int]:
-    """Rows, most outputs, inputs, warps and stages: the largest products that do not spill registers."""
+def model(training: bool, precision: str, capability: int) -> Blocks:
+    """The largest products that do not spill registers."""
     if precision == "ieee" and not training and capability < 90:
-        return 64, 32, 16, 8, 1
+        return Blocks(64, 32, 16, 8, 1)
     if training or precision == "ieee":
-        return 64, 64, 16, 8, 1
+        return Blocks(64, 64, 16, 8, 1)
     if precision == "tf32x3" and capability < 90:
-        return 64, 64, 16, 4, 2
-    return 64, 64, 32, 4, 2
+        return Blocks(64, 64, 16, 4, 2)
+    return Blocks(64, 64, 32, 4, 2)
 
 
 def plan(
@@ -76,9 +91,11 @@ def plan(
     precision: str,
     device: Device,
     mirrored: bool,
+    blocks: Blocks | None = None,
 ) -> Plan:
     """The plan of one call; points counts pairs of opposite points once if `mirrored`.
 
+    blocks: by default what was measured for the op and these widths, else those of the `model`.
     Raises ValueError for an unknown precision, and for widths with a `refusal`.
     """
     if precision not in PRECISIONS:
@@ -87,7 +104,10 @@ def plan(
     if reason is not None:
         raise ValueError(f"inr_mixture: backend 'triton' {reason}")
     training = op in ("expected", "outputs_backward")
-    rows, most, inputs, warps, stages = blocks(training, precision, device.capability)
+    if blocks is None:
+        known = measured(device, f"inr_mixture.{op}", widths, precision, mirrored)
+        blocks = model(training, precision, device.capability) if known is None else Blocks(**known)
+    rows, most, inputs, warps, stages, most_tile = blocks
     width, layers, channels = widths[1], len(widths) - 2, power(widths[-1], 16)
     outputs = min(most, power(width, 16))
     inputs = min(inputs, outputs)
@@ -116,10 +136,9 @@ def plan(
             scratch,
         )
     tile = rows
-    while (
-        2 * tile <= min(MOST_TILE, count * rows)
-        and programs * _train_scratch(2 * tile, layers, hidden, channels) * 4 <= MOST_SCRATCH
-    ):
+    while 2 * tile <= min(most_tile or MOST_TILE, count * rows):
+        if not most_tile and programs * _train_scratch(2 * tile, layers, hidden, channels) * 4 > MOST_SCRATCH:
+            break
         tile *= 2
     tiles = up(points, per_block * (tile // rows))
     pairs = batch * components

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import device_of, on
+from ._launch import device_of, kernel, on
 from .planar_flow_plan import REGISTERS, Plan, kernel_of, plan
 
 
@@ -140,7 +140,7 @@ def _inverse(
     return x, log_det
 
 
-@triton.jit
+@kernel
 def forward(
     x, mean, std, noise, seed, u, gain, w, b, loc, log_scale, out, drawn, scratch, slope, samples, batch, layers, tiles,
     splits, constant, Z: tl.constexpr, ZP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
@@ -202,7 +202,7 @@ def _add_one(to, x, fresh):
     tl.store(to, tl.load(to, mask=not fresh, other=0.0) + x)
 
 
-@triton.jit
+@kernel
 def train(
     x, mean, std, noise, seed, weights, u, gain, w, b, loc, log_scale, total_out, grad_x, grad_mean, grad_std, grad_u,
     grad_gain, grad_w, grad_b, grad_loc, grad_log_scale, scratch, slope, share, samples, batch, layers, tiles, splits,

@@ -473,3 +473,18 @@ def test_public_names_are_few_and_documented() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in DOCS)
     absent = [name for name in vamoh.__all__ if not re.search(rf"\b{name}\b", text)]
     assert not absent, f"show in README.md or docs/ what {absent} are for"
+
+
+def test_one_place_says_that_no_gpu_ran_this() -> None:
+    """So that one line changes once one did."""
+    gap = '[^.|:"]{0,60}'
+    pattern = re.compile(rf"\b(?:no|none|not|never|nothing)\b{gap}\b(?:run|ran|measured)\b{gap}\b(?:GPUs?|yet)\b", re.I)
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in places}
+    texts |= {
+        ROOT / path: source.text for path, source in SOURCES.items() if path.parts[0] in ("vamoh", "kernels", "bench")
+    }
+    said = [
+        (path.name, found[0]) for path, text in texts.items() for found in pattern.finditer(text) if "GPU" in found[0]
+    ]
+    assert [name for name, _ in said] == ["gpu.md"], said

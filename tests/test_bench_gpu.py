@@ -1,21 +1,22 @@
-"""What `bench.gpu` does around its measurements, tried on the CPU: order, budget, lines, ratios, report."""
+"""What `bench.gpu` does around its measurements, tried on the CPU: order, limits, lines, ratios, checks, report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from bench import cases, gpu, op_cases
 from bench.counts import Count
-from bench.gpu import Clock, Job, Peaks, Session, check_op, findings, schedule, take_turns, work
+from bench.gpu import Clock, Job, Peaks, Session, check_op, findings, take_turns, work
 from bench.op_cases import OpCase
-from bench.report import GRAPH, HEADER, main, read, report
+from bench.report import read, report
 from bench.timing import SLOW
 from vamoh import ops
 
@@ -106,8 +107,14 @@ def test_ratios_and_shares() -> None:
 
 
 def test_peaks_are_measured() -> None:
-    peaks = gpu.measure_peaks(Clock(CPU), 32, 1 << 16)
-    assert min(peaks.fp32, peaks.tf32, peaks.bf16, peaks.copy) > 0
+    class Millisecond(Clock):
+        def __call__(self, run: Callable[[], object]) -> float:
+            run()
+            return 1e-3
+
+    peaks = gpu.measure_peaks(Millisecond(CPU), 32, 1 << 16)
+    assert peaks.fp32 == peaks.tf32 == peaks.bf16 == pytest.approx(2 * 32**3 / 1e-3 / 1e9)
+    assert peaks.copy == pytest.approx(2 * (1 << 16) / 1e-3 / 1e9)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -136,105 +143,84 @@ def test_wrong_results_are_noticed() -> None:
     assert [line["right"] for line in lines] == [True, False]
 
 
-def test_the_schedule_covers_everything() -> None:
-    names = [job.name for job in schedule()]
-    assert len(names) == len(set(names))
-    assert names[:3] == ["check/polymnist/ops", "peaks", "check/polymnist/step"]
+def test_a_check_survives_whatever_an_op_does() -> None:
+    def breaks() -> Any:
+        raise TypeError("planted\nmore")
+
+    lines = list(gpu._ops_are_right(session([])[0], "p", [OpCase("p", "knn", breaks, Count(1, 1)), op_case(0)]))
+    assert [line["right"] for line in lines] == [False, True]
+    assert lines[0]["errors"] == {"error": "TypeError: planted"} == lines[0]["ieee"]["errors"]
+
+
+def test_what_fails_is_repeated_with_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAMOH_TRITON_PRECISION", "tf32")
+    seen = []
+
+    def check() -> tuple[bool, dict[str, Any]]:
+        seen.append(gpu.os.environ["VAMOH_TRITON_PRECISION"])
+        return seen[-1] == "ieee", {"result": 0.5}
+
+    line = gpu.checked("era5", "x", check)
+    assert seen == ["tf32", "ieee"] and gpu.os.environ["VAMOH_TRITON_PRECISION"] == "tf32"
+    assert line["right"] is False and line["ieee"]["right"] is True
+    assert "ieee" not in gpu.checked("era5", "x", lambda: (True, {}))
+
+
+def test_stages_cover_everything() -> None:
     for preset in cases.NAMES:
-        assert {f"train/{preset}/{samples}" for samples in (16, 4096)} < set(names)
-        assert {f"reconstruct/{preset}/{b}/{x}x" for b in ("one", "batch") for x in (1, 2)} < set(names)
-        checked = names.index(f"check/{preset}/ops")
-        assert all(checked < i for i, name in enumerate(names) if name.startswith(f"op/{preset}-"))
-        assert names.index(f"check/{preset}/step") < names.index(f"train/{preset}/4096")
-        assert f"compile/{preset}/16" in names
-    assert {f"op/{case.label}" for case in op_cases.op_cases()} < set(names)
-    assert {f"memory/{side}" for side in (64, 128, 256, 512, 1024)} < set(names)
+        amounts = gpu.Amounts()
+        names = [job.name for job in gpu.STAGES["time"](preset, amounts)]
+        assert {f"step/{preset}/{samples}" for samples in (16, 4096)} < set(names)
+        assert {f"trainer/{preset}/16", f"reconstruct/{preset}/one", f"profile/{preset}"} < set(names)
+        assert (f"compiled/{preset}" in names) == (preset in gpu.COMPILED)
+        ops_timed = [job.name for job in gpu.STAGES["ops"](preset, amounts)]
+        assert ops_timed == [f"op/{case.label}" for case in op_cases.op_cases() if case.preset == preset]
+    assert [job.name for job in gpu.STAGES["memory"]("celebahq", gpu.Amounts())][0] == "memory/64"
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "gpu.jsonl")]) == 2
+    assert gpu.main(["check", "--out", str(tmp_path / "gpu.jsonl")]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks; polymnist on 8 x 9 points, shapenet on 120 of 6 x 6 x 6."""
-    full = cases.config
+@pytest.mark.parametrize(
+    ("seconds", "line", "status"),
+    [
+        (1, {"kind": "check", "preset": "p", "what": "x", "right": True, "errors": {}}, 0),
+        (1, {"kind": "check", "preset": "p", "what": "x", "right": False, "errors": {}}, 1),
+        (1, None, 1),  # the job fails
+        (-1, {"kind": "x"}, 1),  # there was no time for any
+    ],
+)
+def test_exit_status(seconds: float, line: Any, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: Session) -> Iterator[dict[str, Any]]:
+        if line is None:
+            raise ValueError("planted")
+        yield line
 
-    def config(name: str, **sizes: object) -> Any:
-        small = {
-            "encoder_centroids": (12, 8, 6), "encoder_neighbors": (5, 4, 4), "encoder_channels": (4, 4, 4),
-            "frequencies": 6, "hypernet_widths": (4,), "kl_samples": 8,
-        }  # fmt: skip
-        if name == "shapenet":
-            small |= {"pool_centroids": (10, 8), "pool_neighbors": (4, 4), "inr_widths": (4, 4)}
-        elif name != "polymnist":
-            return full(name, **sizes)
-        of = full(name, **sizes)
-        drawn = of.train.num_points and 120
-        return replace(of, model=replace(of.model, **small), train=replace(of.train, num_points=drawn))
-
-    for module in (cases, op_cases):
-        monkeypatch.setattr(module, "config", config)
-        for name, shape in (("polymnist", (8, 9)), ("shapenet", (6, 6, 6))):
-            monkeypatch.setitem(module.SHAPE, name, shape)
-            monkeypatch.setitem(module.BATCH, name, 2)
-
-
-def test_a_whole_call(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(gpu.STAGES, "check", lambda preset, amounts: [Job("j", run)])
     out = tmp_path / "gpu.jsonl"
-    given = ["--device", "cpu", "--presets", "polymnist", "--samples", "8", "--budget", "29", "--seconds", "0.01"]
-    assert gpu.main([*given, "--out", str(out)]) == 0, capsys.readouterr().err
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    kinds = [line["kind"] for line in lines]
-    assert kinds[0] == "environment" and kinds[-1] == "end"
-    assert lines[0]["versions"]["torch"] == torch.__version__ and lines[0]["commit"]
-    assert "failed" not in kinds, [line for line in lines if line["kind"] == "failed"]
-    assert all(line["right"] for line in lines if line["kind"] == "check") and kinds.count("check") > 15
-    steps = {line["what"]: line for line in lines if line["kind"] == "measurement" and line.get("batch")}
-    assert set(steps) == {
-        "train step, 8 flow samples", "train step, 8 flow samples, Adam", "reconstruct, 1x", "reconstruct, 2x",
-        "Trainer.step, 8 flow samples, 8 in a row",
-    }  # fmt: skip
-    steps.pop("Trainer.step, 8 flow samples, 8 in a row")
-    for line in steps.values():
-        assert list(line["contestants"]) == ["ours", "oracle", "baseline"]
-        assert line["contestants"]["ours"]["ratio"] == 1 and line["roofline"] > 0
-    assert {line["job"] for line in lines if line["kind"] == "skipped"} == {
-        "compile/polymnist/8", *(f"memory/{side}" for side in gpu.MEMORY_SIDES),
-    }  # fmt: skip
-    times = [line["at"] for line in lines]
-    assert times == sorted(times)
-
-    # cut short anywhere, even within a line, what was written can be reported
-    whole = out.read_text()
-    out.write_text(whole[: whole.index('"train step') + 300])
-    assert "train step" in whole and read(out)["notes"]
-    out.write_text(whole)
-    main([str(out)])
-    printed = capsys.readouterr().out
-    table = [[c.strip() for c in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("|")]
-    assert table[0] == [*HEADER, *GRAPH] and all(len(row) == len(table[0]) for row in table)
-    assert len(table) == 2 + kinds.count("measurement")
-    assert "Ceilings: fp32" in printed and f"Checks: {kinds.count('check')} of {kinds.count('check')} right." in printed
+    assert gpu.main(["check", "--out", str(out), "--budget", str(10 * seconds)]) == status
+    kinds = [json.loads(text)["kind"] for text in out.read_text().splitlines()]
+    assert kinds == {1: [(line or {"kind": "failed"})["kind"], "time"], -1: ["skipped"]}[int(seconds)]
 
 
-def test_points_drawn_anew(tiny: None, tmp_path: Path) -> None:
-    out = tmp_path / "gpu.jsonl"
-    given = ["--device", "cpu", "--presets", "shapenet", "--samples", "8", "--budget", "29", "--seconds", "0.01"]
-    assert gpu.main([*given, "--out", str(out), "--only", "shapenet/8"]) == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    measured = [line for line in lines if line["kind"] == "measurement"]
-    what = [
-        "train step, 8 flow samples",
-        "Trainer.step, 8 flow samples, 8 in a row",
-        "train step, 8 flow samples, Adam",
+def test_kernels_are_sorted_by_time() -> None:
+    def event(name: str, device: DeviceType, taken: float) -> Any:
+        return SimpleNamespace(
+            key=name, count=2, device_type=device, self_device_time_total=taken, self_cpu_time_total=taken
+        )
+
+    on_gpu = [event("a", DeviceType.CUDA, 1.0), event("b", DeviceType.CUDA, 3.0), event("c", DeviceType.CPU, 9.0)]
+    rows = gpu.kernel_rows(on_gpu, DeviceType.CUDA)
+    assert [(row["kernel"], row["calls"], row["us"], row["share"]) for row in rows] == [
+        ("b", 2, 3, 0.75),
+        ("a", 2, 1, 0.25),
     ]
-    assert [line["what"] for line in measured] == what
-    for line in measured[::2]:
-        assert list(line["contestants"]) == ["ours", "oracle", "baseline"], line["left_out"]
+    assert [row["kernel"] for row in gpu.kernel_rows(on_gpu, DeviceType.CPU)] == ["c"]
 
 
 def test_report_of_a_gpu(tmp_path: Path) -> None:

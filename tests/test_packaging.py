@@ -75,12 +75,15 @@ def test_sdist_holds_what_a_build_needs(sdist):
 def test_wheel_from_sdist(source, tmp_path):
     native = "auto" if native_unavailable() else "1"
     cuda = "1" if native == "1" and shutil.which("nvcc") else "auto"
+    (source / "kernels" / "tuned").mkdir(exist_ok=True)
+    (source / "kernels" / "tuned" / "a_gpu.json").write_text("{}")
     wheel = build("wheel", source, tmp_path, VAMOH_NATIVE=native, VAMOH_CUDA=cuda)
     names = zipfile.ZipFile(wheel).namelist()
     assert len([n for n in names if n.startswith("vamoh/_native.")]) == (0 if native_unavailable() else 1)
     bundled = {f"vamoh/data/bundled/{p.name}" for p in (ROOT / "vamoh" / "data" / "bundled").iterdir()}
     python = {str(p.relative_to(ROOT)) for p in (ROOT / "vamoh").rglob("*.py")}
-    assert bundled | python | {"vamoh/py.typed", "vamoh/kernels/__init__.py"} <= set(names)
+    kernels = {"vamoh/kernels/__init__.py", "vamoh/kernels/tuned/a_gpu.json"}
+    assert bundled | python | kernels | {"vamoh/py.typed"} <= set(names)
     assert {n.split("/")[0] for n in names} == {"vamoh", f"vamoh-{vamoh.__version__}.dist-info"}
     assert wheel.stat().st_size < 8 << 20
 

@@ -74,14 +74,107 @@ gates = [GatingCase("gating", (16, 2), 1), GatingCase("gating_backward", (16, 2)
 rest = [expected, backward, *gates, CoordsCase("coords_backward", 2, 16), KlCase("categorical_kl", 10, True)]
 for case, precision in sample + [(case, case.precisions[0]) for case in rest]:
     print(row(case, precision, {chip}))
-for case in (cases()[2], cases()[8], expected, gates[1]):
-    report(case, case.precisions[0], {chip}, ones=True)
 """
     rows = compiled(script, tmp_path)
     assert len(rows) == 12
     assert not [row for row in rows if not within_limits(row)]
     if f"Triton {triton.__version__}" in TEXT:
         assert set(rows) <= set(ROWS), f"the compiler reports something else: {REWRITE}"
+
+
+LAUNCHES = """
+import torch
+from types import SimpleNamespace
+from triton.runtime import driver
+from vamoh.layout import packed_size
+from vamoh.kernels import gating, inr_mixture, planar_flow
+
+chip = GPUTarget("cuda", 90, 32)
+same = {"get_current_target": lambda: chip, "get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
+driver.set_active(SimpleNamespace(**same))
+compiled = {}
+
+def compile(self, key, signature, device, constants, options, attributes, warmup):
+    compiled[self.__module__, self.__name__, key] = ASTSource(self, signature, constants, attributes), options
+
+triton.JITFunction._do_compile = compile
+for module in (gating, inr_mixture, planar_flow):
+    module.device_of = lambda device: Device(90, 132)
+new = torch.empty
+
+def network(op, batch, components, points, widths, mirrored, likelihood, precision="tf32x3"):
+    theta, x = new(batch, components, packed_size(widths)), new(points, widths[0])
+    mirror = torch.arange(points - 1, -1, -1) if mirrored else None
+    y, q, scale = new(batch, points, widths[-1]), new(batch, components, points), new(components, widths[-1])
+    more = [mirror, widths, "leaky_relu", 0.01, 1.0, *likelihood, precision]
+    if op == "expected":
+        inr_mixture.expected_log_likelihood(theta, x, y, q, scale, *more)
+    elif op == "log_likelihood":
+        inr_mixture.log_likelihood(theta, x, y, scale, *more)
+    elif op == "mean":
+        inr_mixture.mean(theta, x, q, *more[:5], likelihood[0], precision)
+    elif op == "outputs":
+        inr_mixture.outputs(theta, x, *more[:5], precision)
+    else:
+        grad = new(batch, components, points, widths[-1])
+        inr_mixture.outputs_backward(grad, theta, x, *more[:5], precision)
+
+def gates(batch, points, widths, channels, encoded):
+    h, parameters = widths[0], new(widths[0] * channels + sum(o * (i + 1) for i, o in zip(widths, widths[1:])))
+    given = [new(1, h, points), new(batch, h), new(batch, points, channels), parameters, widths, 0.01, False]
+    log_p = gating.gating(*given, "tf32x3")
+    gating.gating_backward(log_p, log_p, *given, False, "tf32x3")
+    parts = gating.coords(new(1, points, encoded), [new(h, encoded)], "tf32x3")
+    gating.coords_backward(parts, new(1, points, encoded), [new(h, encoded)], "tf32x3")
+    q, kl = gating.categorical_kl(log_p, log_p, None)
+    gating.categorical_kl_backward(q, kl, q, log_p, log_p)
+
+def flow(batch, samples, latent, layers):
+    parameters = [new(layers, latent), new(layers), new(layers, latent), new(layers), new(latent), new(latent)]
+    draw = [new(batch, latent), new(batch, latent)]
+    planar_flow.expected_log_prob(*draw, parameters, 0.01, None, torch.tensor(1), samples, True, True)
+"""
+
+
+def test_point_dropout_compiles_every_kernel_once(tmp_path):
+    """Steps of `climate` with other numbers of points, odd ones and multiples of 16."""
+    script = (
+        LAUNCHES
+        + """
+for points in (4140, 4139, 2080, 3013, 2048, 1041, 700):
+    network("expected", 6, 3, points, (256, 64, 64, 1), False, ("logistic", 1 / 512, 1e-7, False))
+    gates(6, points, (32, 3), 1, 256)
+    flow(6, 64, 32, 6)
+print(*sorted(f"{module.split('.')[-1]}.{name}" for module, name, _ in compiled), sep="\\n")
+"""
+    )
+    found = compiled(script, tmp_path)
+    kernels = ["coords_forward", "coords_train", "forward", "kl_forward", "kl_train", "train"]
+    assert found == [*(f"gating.{k}" for k in kernels), "inr_mixture.train", "planar_flow.train"]
+
+
+def test_kernels_are_compiled_ahead_of_time_as_when_they_are_launched(tmp_path):
+    script = (
+        LAUNCHES
+        + """
+for op in ("log_likelihood", "expected", "mean", "outputs", "outputs_backward"):
+    network(op, 64, 10, 4096, (256, 64, 64, 64, 3), op != "outputs", ("logistic", 1 / 512, 1e-7, False))
+gates(64, 4096, (32, 32, 5), 0, 256)
+flow(64, 4096, 64, 80)
+launched = {code.hash(): options for code, options in compiled.values()}
+for case in cases():
+    code, options = source(case, "tf32x3" if "tf32x3" in case.precisions else "ieee", 90)
+    if code.hash() in launched:
+        wanted = launched.pop(code.hash())
+        assert all(getattr(wanted, name) == value for name, value in options.items()), (case, wanted)
+        print(case.op)
+print(len(launched))
+"""
+    )
+    *found, unknown = compiled(script, tmp_path)
+    networks = ["log_likelihood", "expected", "mean", "outputs", "outputs_backward"]
+    assert found == [*networks, "expected", "gating", "gating_backward", "coords", "coords_backward"]
+    assert unknown == "2"  # kl_forward and kl_train of 5 components; the table has 10
 
 
 def test_sizes_of_the_table_are_those_of_the_presets():

@@ -96,8 +96,10 @@ def test_status_of_triton(registry, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(_backend, "triton_unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("VAMOH_TRITON_PRECISION", "bf16")
     report = status()
+    assert report.triton["plans"] == "modelled"
     assert report.triton["device"] == "a GPU" and report.triton["precision"] == "bf16"
     assert "triton\n  version" in str(report)
 

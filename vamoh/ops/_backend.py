@@ -378,9 +378,11 @@ def status() -> Status:
             "cuda": module.cuda or "not built",
         }
     if triton_unavailable() is None:
+        device, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         triton = {
             "version": importlib.import_module("triton").__version__,
-            "device": torch.cuda.get_device_name(),
+            "device": device,
+            "plans": triton_kernels("_plan").origin(device, 10 * major + minor),
             "precision": triton_precision(),
         }
     return Status(tuple(rows), build, triton)
