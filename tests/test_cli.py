@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -328,17 +329,51 @@ def test_a_missing_device_is_explained(image_run: Path, capsys: pytest.CaptureFi
         assert "device must be one this machine has, got 'cuda'" in fails(capsys, *command, "--device", "cuda")
 
 
-@pytest.mark.parametrize("args", [[], ["trian"], ["sample"], ["train", "digits", "--model.componentz", "3"]])
-def test_unknown_or_missing_arguments_have_status_two(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(args) == 2
-    assert capsys.readouterr().err
+MISTAKES = {
+    "": "Expected one of {train, reconstruct, .*}.; see vamoh --help",
+    "trian": "Unrecognized options: trian; available subcommands: train, .*; see vamoh --help",
+    "sample": "Missing from vamoh sample: RUN run folder, as vamoh train writes it .required.; see vamoh sample --help",
+    "sample run --cuont 3": "Unrecognized options: --cuont, 3; did you mean --count.; see vamoh sample --help",
+    "sample run --count x": "--count: invalid literal for int.. with base 10: 'x'; see vamoh sample --help",
+    "train digits --model.componentz 3": "Unrecognized options: .*; did you mean --model.components.; see .* --help",
+    "train digits --model.components 0": "model: config: model.components must be at least 1, got 0; see .* --help",
+    "train digits --train.lr inf": "train: config: train.lr must be a number, finite and below .*, got inf; see .*",
+    "train digits --train.threads 20000": "train: config: train.threads must be at most 1024, got 20000; see .*",
+    "train digits --out o --model.latent-dim 1000000000": "VaMoH: the parameters would take .* bytes .* of memory, .*",
+    "export run --part core": "invalid choice 'core' for argument '--part'. Expected one of .*; see .* --help",
+    "sample a\udcff": r"vamoh: run must be a path in UTF-8 without NUL, got 'a\\udcff'",
+}
 
 
-def test_bad_overrides_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "digits", "--model.componentz", "3"]) == 2
-    assert "--model.components INT" in capsys.readouterr().err
-    assert main(["train", "digits", "--model.components", "0"]) == 2
-    assert "model.components must be at least 1, got 0" in " ".join(capsys.readouterr().err.split())
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("args", MISTAKES)
+def test_mistakes_in_options_are_one_line(args: str, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the boxes that a terminal may show."""
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(said, encoding=encoding, errors="backslashreplace"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert main(args.split()) == 2
+    sys.stderr.flush()
+    assert re.fullmatch(f"vamoh: error: {MISTAKES[args]}\n", said.getvalue().decode(encoding))
+
+
+def test_requests_that_no_memory_holds_are_refused(image_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is allocated, with the bytes that they would take."""
+    run = str(image_run)
+    words = (
+        r"superres: 8 functions at 288000000000000 points would take \d+ bytes \(.* GB\) of memory, this machine has"
+    )
+    assert re.search(words, fails(capsys, "superres", run, "--scale", "2000000"))
+    assert re.search(r"would take \d{20,} bytes", fails(capsys, "sample", run, "--count", f"{10**18}"))
+    assert "count must be below 2^63" in fails(capsys, "sample", run, "--count", f"{10**30}")
+
+
+def test_memory_that_runs_out_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def info() -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(commands, "info", info)
+    assert fails(capsys, "info", status=1) == "vamoh: error: not enough memory"
 
 
 def test_the_traceback_comes_on_request(

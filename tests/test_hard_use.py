@@ -1,6 +1,7 @@
 """Kills, full disks, long runs: nothing is lost, nothing leaks, every error says what is wrong.
 
 What needs a process of its own runs in `python tests/test_hard_use.py JOB FOLDER`, which forks: torch is loaded once.
+More kills than here: `... kill FOLDER KILLS PROCESSES SHARD`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,33 +122,82 @@ def fork(job: Callable[[], None]) -> int:
 # Jobs of the process that forks
 
 
-def kill(folder: Path) -> dict[str, Any]:
-    """Kill runs at random moments and go on, run after run, until there were enough kills."""
-    begin_or_go_on(folder, "whole")
+def step_of(run: Path) -> int:
+    return int(checkpoint.load_training_state(run)["step"]) if checkpoint.has_checkpoint(run) else -1
+
+
+def start(folder: Path, name: str, processes: int, **values: Any) -> list[int]:
+    """Start or go on, in one process or in several that train together, as `torchrun` starts them."""
+    if processes == 1:
+        return [fork(lambda: begin_or_go_on(folder, name, **values))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def job(rank: int) -> None:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({key: str(value) for key, value in {**place, "MASTER_PORT": port}.items()})
+        begin_or_go_on(folder, name, **values)
+
+    return [fork(lambda rank=rank: job(rank)) for rank in range(processes)]
+
+
+def wait(pids: list[int], seconds: float) -> list[int]:
+    """Exit statuses, negative where a signal ended it; what goes on gets SIGTERM and, seconds later, SIGKILL."""
+    found: dict[int, int] = {}
+    for number in (signal.SIGTERM, signal.SIGKILL, None):
+        until = time.monotonic() + seconds
+        while len(found) < len(pids) and time.monotonic() < until:
+            for pid in pids:
+                if pid not in found and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    found[pid] = os.waitstatus_to_exitcode(ended[1])
+            time.sleep(0.005)
+        for pid in pids:
+            if pid not in found and number is not None:
+                os.kill(pid, number)
+    return [found[pid] for pid in pids]
+
+
+def kill(folder: Path, wanted_kills: int = KILLS, processes: int = 1, shard: int = 0) -> dict[str, Any]:
+    """Kill runs at random moments and go on, run after run, until there were enough kills.
+
+    Of several processes one is killed, or all; one that is left must find out and end.
+    """
+
+    def whole_run(name: str) -> None:
+        statuses = wait(start(folder, name, processes, shard=shard == 1), 120)
+        if statuses != [0] * processes:
+            raise RuntimeError(f"a run that nobody killed ended with {statuses}")
+
+    whole_run("whole")
     started = time.monotonic()
-    begin_or_go_on(folder, "timed")
+    whole_run("timed")
     length = time.monotonic() - started
     wanted, generator = content(folder / "whole"), random.Random()
     kills, runs, steps = 0, 0, []
-    while kills < KILLS:
+    while kills < wanted_kills:
         name, in_vain = f"run{runs}", 0
         while True:
-            pid = fork(lambda name=name: begin_or_go_on(folder, name))
+            pids = start(folder, name, processes, shard=shard == 1)
             # On a machine that has become slower the next checkpoint takes longer than before.
-            time.sleep(generator.uniform(0, 0.5 * length * (1 + in_vain / 4)))
-            os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if not os.WIFSIGNALED(status):
+            time.sleep(generator.uniform(0, (0.5 if processes == 1 else 1) * length * (1 + in_vain / 4)))
+            victims = generator.choice([[pid] for pid in pids] + [pids] * (processes > 1))
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            statuses = wait(pids, 10 if processes > 1 else 300)
+            if 0 in statuses and -signal.SIGKILL in statuses and step_of(folder / name) < STEPS:
+                return {"ended too early": name, "statuses": statuses}
+            if -signal.SIGKILL not in statuses:
                 break
             kills += 1
-            run = folder / name
-            step = checkpoint.load_training_state(run)["step"] if checkpoint.has_checkpoint(run) else -1
+            step = step_of(folder / name)
             in_vain = in_vain + 1 if steps and step == steps[-1] else 0
             if in_vain == 50:
                 return {"stuck": name, "step": step}
             steps.append(step)
-        if os.waitstatus_to_exitcode(status) != 0 or content(folder / name) != wanted:
-            return {"failed": name, "status": os.waitstatus_to_exitcode(status)}
+        if set(statuses) != {0} or content(folder / name) != wanted:
+            return {"failed": name, "statuses": statuses}
+        shutil.rmtree(folder / name)
         runs += 1
     return {"kills": kills, "runs": runs, "steps": sorted(set(steps))}
 
@@ -240,11 +292,10 @@ def long(folder: Path) -> dict[str, Any]:
     return {"memory": memory, "objects": objects, "files": files}
 
 
-def run_job(name: str, folder: Path) -> dict[str, Any]:
+def run_job(name: str, folder: Path, *options: int) -> dict[str, Any]:
     """Run a job in a process of its own, and return what it found."""
-    write_data(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, name, str(folder)]
+    command = [sys.executable, __file__, name, str(folder), *map(str, options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -256,6 +307,14 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     found = run_job("kill", tmp_path)
     assert found.get("kills", 0) >= KILLS, found
     assert len(found["steps"]) >= 4, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [0, 1])
+def test_two_processes_killed(shard: int, tmp_path: Path) -> None:
+    """One of them or both, at random moments: the other ends, and the run goes on to the last bit."""
+    found = run_job("kill", tmp_path, 5, 2, shard)
+    assert found.get("kills", 0) >= 5, found
 
 
 def test_killed_with_the_lock_of_its_bars(tmp_path: Path) -> None:
@@ -363,5 +422,12 @@ def test_a_long_run_leaks_nothing(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = {"kill": kill, "lock": lock, "disk": disk, "read_only": read_only, "long": long}
-    print(json.dumps(jobs[sys.argv[1]](Path(sys.argv[2]))))
+    jobs: dict[str, Callable[..., dict[str, Any]]] = {
+        "kill": kill,
+        "lock": lock,
+        "disk": disk,
+        "read_only": read_only,
+        "long": long,
+    }
+    write_data(Path(sys.argv[2]))
+    print(json.dumps(jobs[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))))

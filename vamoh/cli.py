@@ -7,10 +7,11 @@ import inspect
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagConversionOff, Positional, arg
 
+from vamoh._files import check_name
 from vamoh.compat.config import changes, is_reference_config, load_reference_config, table
 from vamoh.config import PRESETS, DataConfig, ModelConfig, TrainConfig, load_config
 
@@ -198,26 +200,47 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if name == "train":
             return _run(name, _parse_train(given[1:]))
-        options = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="vamoh", description=DESCRIPTION, args=given, use_underscores=True
-        )
+        with _explained(f"vamoh {name}" if name in COMMANDS else "vamoh"):
+            options = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="vamoh", description=DESCRIPTION, args=given, use_underscores=True
+            )
         return _run(name, vars(options))
-    except SystemExit as stop:
-        # From tyro: 0 after --help, 2 after a mistake it has explained.
-        return stop.code if isinstance(stop.code, int) else 2
+    except SystemExit as stop:  # from tyro, after --help
+        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("vamoh: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if debug:
             traceback.print_exc()
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "not enough memory"
         stopped_by = getattr(error, "signal", None)
         if stopped_by is not None:
             print(f"vamoh: {reason}", file=sys.stderr)
             return 128 + int(stopped_by)
         print(f"vamoh: error: {reason}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
+        return 1 if isinstance(error, RuntimeError | MemoryError) else 2
+
+
+@contextmanager
+def _explained(command: str) -> Iterator[None]:
+    """Turn what tyro says of a mistake, in boxes of several lines, into a ValueError."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # A title, the reason, then a rule and a hint, then a rule and the option's help; with boxes where they can be.
+        text = " ".join(line.strip("│ ") for line in said.getvalue().splitlines()[1:])
+        reason, hint, *_ = [*filter(None, (" ".join(part.split()) for part in re.split("[─╰╯-]{8,}", text))), "", ""]
+        reason = reason.removeprefix("Error parsing ")
+        if meant := re.match(r"Perhaps you meant: (\S+)", hint):
+            reason += f"; did you mean {meant[1]}?"
+        elif hint.startswith("Available subcommands"):
+            reason += f"; {hint.lower()}"
+        raise ValueError(f"{reason}; see {command} --help") from None
 
 
 def _print_anything() -> None:
@@ -235,6 +258,9 @@ def _run(name: str, options: dict[str, Any]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from vamoh import commands
 
+    for option, value in options.items():
+        if isinstance(value, Path | str):
+            check_name("vamoh", option, str(value))
     with _messages():
         text = getattr(commands, name)(**options)
     if text:
@@ -280,14 +306,15 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
         config, device = theirs.config, theirs.device
     else:
         theirs, config = None, load_config(source)
-    options = tyro.cli(
-        Train,
-        prog="vamoh train PRESET|config.yaml",
-        description=f"{inspect.getdoc(Train)}\n\nPresets: {', '.join(PRESETS)}. The defaults here are {source}'s.",
-        args=rest,
-        use_underscores=True,
-        default=Train(config.data, config.model, config.train, device=device, seed=config.seed),
-    )
+    with _explained("vamoh train"):
+        options = tyro.cli(
+            Train,
+            prog="vamoh train PRESET|config.yaml",
+            description=f"{inspect.getdoc(Train)}\n\nPresets: {', '.join(PRESETS)}. The defaults here are {source}'s.",
+            args=rest,
+            use_underscores=True,
+            default=Train(config.data, config.model, config.train, device=device, seed=config.seed),
+        )
     if options.resume and options.out is not None and options.out != Path(options.resume):
         raise ValueError(f"train: --out must be left out or name the resumed run {options.resume}, got {options.out}")
     chosen = replace(config, data=options.data, model=options.model, train=options.train, seed=options.seed)

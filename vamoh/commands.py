@@ -20,7 +20,7 @@ from torch import Tensor
 
 import vamoh
 from vamoh import checkpoint, figures
-from vamoh._checks import check_choice, check_device
+from vamoh._checks import check_choice, check_device, check_memory, check_positive
 from vamoh._files import whole_file, write_json, writing
 from vamoh._progress import Progress
 from vamoh.compat.config import is_reference_config, load_reference_config
@@ -37,7 +37,7 @@ from vamoh.masks import completion_mask
 from vamoh.metrics import psnr
 from vamoh.model import VaMoH
 from vamoh.ops import status
-from vamoh.points import PointSet
+from vamoh.points import PointSet, grid_shape, sphere_grid_shape
 from vamoh.runlog import read_log
 from vamoh.train import check_data
 from vamoh.train import train as train_model
@@ -160,6 +160,7 @@ def sample(run: Path, *, out: Path | None, device: str, seed: int, data: str | N
     """Draw new functions from the prior."""
     opened = open_run(run, device, seed, data)
     _need_grid(opened)
+    _check_room("sample", opened, count)
     samples = _sample(opened, count)
     folder = _folder(opened, out)
     saved = _save_arrays(folder / "sample.npz", samples)
@@ -182,6 +183,7 @@ def superres(
     """Decode functions on a grid refined `scale` times."""
     opened = open_run(run, device, seed, data)
     indices = _chosen(opened, split, index, count)
+    _check_room("superres", opened, len(indices), scale)
     coords = opened.dataset.grid(scale)[0].to(opened.device)
 
     def one(points: PointSet) -> dict[str, Array]:
@@ -534,6 +536,17 @@ def _in_batches(
 def _need_grid(run: Run) -> None:
     if run.domain.kind == "points":
         raise ValueError(f"{run.folder} is of bare points; figures need data on a grid, use the Python interface")
+
+
+def _check_room(where: str, run: Run, functions: int, scale: int = 1) -> None:
+    """Raise ValueError where the coordinates and decoded functions alone, float32, would fill the memory."""
+    check_positive(where, "count", functions)
+    check_positive(where, "scale", scale)
+    sizes = sphere_grid_shape if run.domain.kind == "sphere" else grid_shape
+    points, model = math.prod(sizes(run.domain.shape, scale)), run.model
+    decoded = functions * points * 2 * model.channels
+    size = 4 * (decoded + points * model.coord_dim + functions * model.latent_dim)
+    check_memory(where, f"{functions} functions at {points} points", size)
 
 
 def _sample(run: Run, count: int) -> dict[str, Array]:

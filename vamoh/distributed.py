@@ -118,6 +118,12 @@ class Calls(nn.Module):
         return dict(vars(result)) if is_dataclass(result) else result
 
 
+_left: list[Any] = []
+"""Process groups that nobody uses any more. To free one waits, with Python's lock, for its threads, and one of those
+may be waiting for that lock to let go of the tensor it sent last: the process would never end.
+"""
+
+
 @contextmanager
 def join(where: str, device: torch.device) -> Iterator[tuple[Workers, torch.device]]:
     """Join the job that `torchrun` started this process in; alone where there is none. Leave it at the end.
@@ -140,6 +146,7 @@ def join(where: str, device: torch.device) -> Iterator[tuple[Workers, torch.devi
     yield Workers(dist.get_rank(), dist.get_world_size()), device
     # Only after success: where a process is missing, leaving would wait for it.
     if started:
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
@@ -172,6 +179,7 @@ def spread(
     # θ is a view, which nothing changes in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (workers.count,))
+    _left.append(mesh)
     for part in (largest, calls):
         fully_shard(part, mesh=mesh, shard_placement_fn=even)
     return calls

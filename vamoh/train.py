@@ -134,6 +134,7 @@ def train(
     out, place = check_path("train", "out", out), check_device("train", device)
     config = replace(config, data=_absolute(config.data))
     with ExitStack() as stack:
+        trainers = stack.enter_context(_noticing_loss(out))
         workers, place = stack.enter_context(join("train", place))
         begun = workers.largest(bool(workers.by_main(lambda: _claim(stack, out, config, resume))))
         stack.enter_context(_threads(config.train.threads))
@@ -150,17 +151,13 @@ def train(
                     *(dataset.name, offset, scale),
                 )
             trainer.save(out)
+        trainers.append(trainer)
         records = workers.by_main(lambda: stack.enter_context(_Records(trainer, out, board_class)))
         try:
             _run(trainer, out, records, progress and workers.main)
         except NonFiniteLoss as error:
             note = f"; the last good checkpoint is kept in {out / 'checkpoint'}"
             raise NonFiniteLoss(error.term, error.step, error.indices, error.culprits, note) from None
-        except RuntimeError as error:
-            if workers.count > 1 and is_lost(error):
-                reason = str(error).strip().splitlines()[0]
-                raise WorkerLost(trainer.steps_done, out, reason) from error
-            raise
         return trainer.whole_model().eval()
 
 
@@ -524,6 +521,18 @@ def beta_at(config: BetaConfig, epoch: float) -> float:
     t = (epoch - config.start) / (config.end - config.start)
     ramp = {"linear": t, "quadratic": t * t, "exponential": math.pow(2.0, t) - 1.0}
     return config.initial + (config.value - config.initial) * ramp[config.schedule]
+
+
+@contextmanager
+def _noticing_loss(out: Path) -> Iterator[list[Trainer]]:
+    """Raise WorkerLost for an error that says that another process is gone; the list takes the trainer, once it is."""
+    trainers: list[Trainer] = []
+    try:
+        yield trainers
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise WorkerLost(trainers[0].steps_done if trainers else 0, out, reason(error)) from error
 
 
 class _Records:
