@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,18 @@ def test_globe_shows_the_point_it_is_turned_to() -> None:
     assert np.abs(globe - background)[:20].max() == 0
     assert np.array_equal(away, background)
     assert (globe[0, 0] == 1).all()
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_globe_follows_the_rows_and_columns_of_the_data(scale: int) -> None:
+    latitude, longitude = np.arange(85.0, -90, -10), np.arange(5.0, 360, 10)
+    look = replace(SPHERE, axes=(tuple(latitude), tuple(longitude)))
+    rows, columns = scale * (len(latitude) - 1) + 1, scale * len(longitude)
+    spot = np.zeros((rows, columns, 1))
+    spot[scale * 5, scale * 34] = 1.0  # 35 N, 345 E
+    globe = figures.show_globe(spot, look, latitude=35, longitude=-15, size=60)
+    lit = np.argwhere(np.abs(globe - figures.show_globe(np.zeros_like(spot), look, size=60)).max(-1) > 0.1)
+    np.testing.assert_allclose(lit.mean(0), 29.5, atol=0.3)
 
 
 def test_voxels_are_upright_and_nearer_cells_hide_farther_ones() -> None:

@@ -84,6 +84,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"m\.npy' cannot be read"):
         completion_mask(str(path), (2, 2))
+    path.write_bytes(b"\x93NUMPY\1\0\x10\0{'descr': ((((((\n")
+    with pytest.raises(ValueError, match=r"m\.npy' cannot be read"):
+        completion_mask(str(path), (2, 2))
+    Image.fromarray(np.array([[300, 0], [0, 65535]], dtype=np.uint16)).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match=r"m\.png' cannot be read: it must have 8 bits per channel, got mode I;16"):
+        completion_mask(str(tmp_path / "m.png"), (2, 2))
     (tmp_path / "m.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"m\.png' cannot be read"):
         completion_mask(str(tmp_path / "m.png"), (2, 2))

@@ -88,7 +88,7 @@ class Run:
     @property
     def look(self) -> Look:
         """How its data is drawn."""
-        return Look(self.domain.kind, self.model.components, self.domain.units)
+        return Look(self.domain.kind, self.model.components, self.domain.units, self.domain.axes)
 
     def points(self, index: Tensor) -> PointSet:
         """Functions of the data set on the run's device."""

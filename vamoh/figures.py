@@ -51,11 +51,14 @@ class Look:
 
     kind: "image", "voxels" or "sphere". components: K, the scale of component and entropy maps.
     units: name of the natural unit and its numbers at value 0 and value 1; drawn for the sphere.
+    axes: latitudes and longitudes in degrees of its rows and columns, where they are not those from pole to pole and
+    from 0.
     """
 
     kind: str
     components: int
     units: tuple[str, float, float] = ("", 0.0, 1.0)
+    axes: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,12 @@ def show_globe(values: Array, look: Look, *, latitude: float = 25.0, longitude: 
     up = np.clip(y * math.cos(tilt) + depth * math.sin(tilt), -1.0, 1.0)
     towards = depth * math.cos(tilt) - y * math.sin(tilt)
     rows, columns = values.shape[:2]
-    row = (0.5 - np.arcsin(up) / math.pi) * (rows - 1)
-    column = (np.degrees(np.arctan2(x, towards)) + longitude) / 360 * columns
+    row, start = (0.5 - np.arcsin(up) / math.pi) * (rows - 1), 0.0
+    if look.axes:
+        given, start = look.axes[0], look.axes[1][0]
+        nodes = np.interp(np.linspace(0, len(given) - 1, rows), np.arange(len(given)), given)  # of a refined grid too
+        row = np.interp(-np.degrees(np.arcsin(up)), -nodes, np.arange(rows))
+    column = (np.degrees(np.arctan2(x, towards)) + longitude - start) / 360 * columns
     top = np.clip(np.floor(row).astype(int), 0, max(rows - 2, 0))
     left = np.floor(column).astype(int)
     a, b = np.clip(row - top, 0, 1), column - left

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vamoh._checks import check_seed, check_sizes, check_type
+from vamoh._shown import reason
 
 NAMES = ("patch", "half", "outside", "random:RATE")
 
@@ -114,9 +115,11 @@ def _from_file(path: Path, shape: tuple[int, ...]) -> Tensor:
             array = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"it must have 8 bits per channel, got mode {image.mode}")
                 array = np.asarray(image.convert("L")) >= 128
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"mask: {str(path)!r} cannot be read: {error}") from error
+    except Exception as error:  # readers of damaged files raise of all kinds
+        raise ValueError(f"mask: {str(path)!r} cannot be read: {reason(error)}") from error
     if array.shape != shape:
         raise ValueError(f"mask: {str(path)!r} must have shape {list(shape)}, got {list(array.shape)}")
     if array.dtype != np.bool_:

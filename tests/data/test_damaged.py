@@ -84,11 +84,14 @@ def test_interrupts_leave_the_reader_alone(tmp_path: Path) -> None:
     pytest.importorskip("netCDF4")
     (tmp_path / "a.nc").write_bytes(kinds()["netcdf 4"][2]())
     file: Any = fields.NetcdfFile(str(tmp_path / "a.nc"))
-    file._process.send_signal(signal.SIGINT)
-    file._process.send_signal(signal.SIGTERM)
+    process = file._process
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     assert file.read("lat", [slice(0, 3)]).tolist() == [90, 0, -90]
     file.close()
-    assert file._process.poll() is not None
+    assert process.poll() is not None
+    assert file.read("lat", [slice(1, 3)]).tolist() == [0, -90], "another reader starts"
+    file.close()
 
 
 def test_a_variable_larger_than_its_file_can_hold(tmp_path: Path) -> None:

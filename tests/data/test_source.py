@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -136,6 +137,29 @@ def test_the_reading_process_ends_with_the_data(tmp_path: Path, small: None) -> 
     assert process.poll() is None
     data = None
     assert process.poll() is not None
+
+
+@pytest.mark.parametrize("kind", ["uint8", "fields with holes", "grey images"])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_other_processes_read_for_themselves(tmp_path: Path, small: None, kind: str, start: str) -> None:
+    data = open_dataset(*KINDS[kind](tmp_path))
+    wanted = [data.batch(torch.tensor([i, 29 - i])).values for i in range(8)]
+    with multiprocessing.get_context(start).Pool(2, _give, (data,)) as pool:
+        found = pool.map(_batch, range(8))
+    assert all(torch.equal(a, torch.from_numpy(b)) for a, b in zip(wanted, found, strict=True))
+    assert torch.equal(data.batch(torch.tensor([3, 26])).values, wanted[3])
+
+
+_given: list[Dataset] = []
+
+
+def _give(data: Dataset) -> None:
+    _given[:] = [data]
+
+
+def _batch(i: int) -> Array:
+    values: Array = _given[0].batch(torch.tensor([i, 29 - i])).values.numpy()
+    return values
 
 
 MEASURE = """

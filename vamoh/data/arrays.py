@@ -30,8 +30,8 @@ def array_file(path: str) -> Dataset:
     [n, D, H, W, C]    voxels
     An .npz file with the arrays `coords` [N, D] or [n, N, D] and `values` [n, N, C], and maybe `mask` [N] or [n, N]
     (bool or 0 and 1, True where observed), gives points instead; coordinates and values that are not observed may be
-    NaN. path is FILE::NAME for an array of an HDF5, NetCDF or Zarr file. Such an array, or an .npy file, that would take
-    more than `memory_share` is read batch by batch. Splits are 80/10/10, see `random_splits`.
+    NaN. path is FILE::NAME for an array of an HDF5, NetCDF or Zarr file. Such an array, or an .npy file, that would
+    take more than `memory_share` is read batch by batch. Splits are 80/10/10, see `random_splits`.
 
     Raises ValueError or TypeError naming the file when it cannot be read, has a shape that could mean two things or
     nothing, another dtype, or holds values that are NaN or out of range.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
@@ -64,21 +64,25 @@ class NetcdfFile:
         with reading(path, "NetCDF file"), Path(path).open("rb") as file:
             file.read(1)
             size = os.fstat(file.fileno()).st_size
+        self._process: subprocess.Popen[bytes] | None = None
+        self.variables = {}
+        for entry in self._start()["variables"]:
+            dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
+            variable = Variable(entry["name"], tuple(entry["dims"]), tuple(entry["shape"]), dtype, entry["attributes"])
+            self.variables[variable.name] = variable
+        self._size = size
+
+    def _start(self) -> dict[str, Any]:
+        self._process, self._owner = None, os.getpid()  # the reader of a forked process's parent is the parent's
         self._process = subprocess.Popen(
-            [sys.executable, netcdf_process.__file__, os.path.abspath(path)],
+            [sys.executable, netcdf_process.__file__, os.path.abspath(self._path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # Locks are of no use to a reader, and disks of clusters often have none.
             env={**os.environ, "HDF5_USE_FILE_LOCKING": "FALSE", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
-        answer, _ = self._answer()
-        self.variables = {}
-        for entry in answer["variables"]:
-            dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
-            variable = Variable(entry["name"], tuple(entry["dims"]), tuple(entry["shape"]), dtype, entry["attributes"])
-            self.variables[variable.name] = variable
-        self._size = size
+        return self._answer(self._process)[0]
 
     def read(self, name: str, slices: Sequence[slice]) -> Array:
         """Stored numbers of a variable."""
@@ -88,33 +92,48 @@ class NetcdfFile:
                 check_packed(self._path, variable.dtype.itemsize * _product(variable.shape), self._size)
         request = {"name": name, "slices": [[part.start, part.stop] for part in slices]}
         with self._lock:
+            if self._process is None or self._owner != os.getpid():
+                self._start()
+            process = cast("subprocess.Popen[bytes]", self._process)
             with suppress(BrokenPipeError):
-                _pipe(self._process.stdin).write(json.dumps(request).encode() + b"\n")
-                _pipe(self._process.stdin).flush()
-            answer, content = self._answer()
+                _pipe(process.stdin).write(json.dumps(request).encode() + b"\n")
+                _pipe(process.stdin).flush()
+            answer, content = self._answer(process)
         values = np.frombuffer(content, np.dtype(answer["dtype"])).reshape(answer["shape"])
         if values.shape != tuple(part.stop - part.start for part in slices):
             raise ValueError(f"{self._path}: must be a readable NetCDF file, got {list(values.shape)} values of {name}")
         return values
 
     def close(self) -> None:
-        """End the process; nothing can be read after."""
-        for pipe in (self._process.stdin, self._process.stdout):
+        """End the process; the next reading starts another."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        for pipe in (process.stdin, process.stdout):
             with suppress(BrokenPipeError):
                 _pipe(pipe).close()
-        self._process.kill()
-        self._process.wait()
+        process.kill()
+        process.wait()
 
     def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
+        if hasattr(self, "_owner"):
             self.close()
 
-    def _answer(self) -> tuple[dict[str, Any], bytes]:
-        line = _pipe(self._process.stdout).readline()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_process": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def _answer(self, process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bytes]:
+        line = _pipe(process.stdout).readline()
         answer: dict[str, Any] = json.loads(line) if line.startswith(b"{") and line.endswith(b"}\n") else {}
-        content = _pipe(self._process.stdout).read(answer.get("bytes", 0))
+        content = _pipe(process.stdout).read(answer.get("bytes", 0))
         if not answer or len(content) < answer.get("bytes", 0):
-            number = -self._process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            number = -(process.poll() or 0)
+            self.close()
             if number == signal.SIGXCPU:
                 reason = f"a reader that came to no end in {netcdf_process.SECONDS} s of computing"
             else:

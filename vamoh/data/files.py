@@ -75,6 +75,9 @@ class StoredArray:
                 raise ValueError(f"{held} bytes of values where shape {list(self.shape)} of {self.dtype} needs {size}")
             self._by_columns = self._by_columns and len(self.shape) > 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_file": None}
+
     @property
     def rows_at_hand(self) -> bool:
         """Whether rows can be read one by one, in any order."""
