@@ -19,7 +19,7 @@ from PIL import Image
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
-from vamoh import PointSet, VaMoH, commands
+from vamoh import PointSet, VaMoH, commands, load
 from vamoh.cli import COMMANDS, main
 from vamoh.config import PRESETS, load_config
 from vamoh.train import TrainingInterrupted
@@ -412,6 +412,14 @@ def test_bare_points_have_no_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["train", *source, *TINY, "--out", str(run)]) == 0
     assert (run / "evaluation.json").is_file() and not (run / "strip.png").exists()
     assert "bare points" in fails(capsys, "reconstruct", str(run))
+    (tmp_path / "points.npz").unlink()  # a file of one's own needs no data
+    coords, values = generator.random((40, 2)), generator.random((40, 1))
+    np.savez(tmp_path / "mine.npz", coords=coords, values=values, mask=np.arange(40) % 4 > 0)
+    assert main(["complete", str(run), str(tmp_path / "mine.npz"), "--out", str(tmp_path)]) == 0
+    with np.load(tmp_path / "mine-complete.npz") as file:
+        kept = np.arange(40) % 4 > 0
+        np.testing.assert_allclose(file["completed"][0][kept], values[kept], rtol=1e-6)
+        assert np.isfinite(file["completed"]).all() and not np.allclose(file["completed"][0][~kept], values[~kept])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
@@ -501,3 +509,86 @@ def test_many_functions_go_in_batches(
         Image.open(tmp_path / "whole" / f"{command}.png") as all_,
     ):
         assert few.height < all_.height
+
+
+def test_files_that_were_never_in_the_data(image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (13, 11, 2), dtype=np.uint8)
+    pixels[..., 1] = 255
+    pixels[2:6, 3:8, 1] = 0
+    picture = str(tmp_path / "scan.png")
+    Image.fromarray(pixels, "LA").save(picture)
+    out = tmp_path / "out"
+    for command, shape in (
+        ("complete", (13, 11)),
+        ("reconstruct", (13, 11)),
+        ("superres", (49, 41)),
+        ("segment", (13, 11)),
+    ):
+        assert main([command, str(image_run), picture, "--out", str(out)]) == 0
+        assert f"wrote {out / f'scan-{command}.npz'}" in capsys.readouterr().out
+        with Image.open(out / f"scan-{command}.png") as image:
+            assert (image.height, image.width) == shape
+    seen = pixels[..., 1] > 0
+    completed = np.asarray(Image.open(out / "scan-complete.png"))
+    assert np.array_equal(completed[seen], pixels[..., 0][seen])
+    model = load(image_run)
+    with np.load(out / "scan-complete.npz") as file:
+        points = PointSet(
+            torch.from_numpy(file["coords"]), torch.from_numpy(pixels[..., :1].reshape(1, -1, 1) / np.float32(255))
+        )
+        points = points.with_mask(torch.from_numpy(seen.reshape(1, -1)))
+        torch.testing.assert_close(torch.from_numpy(file["completed"]).view(1, -1, 1), model.complete(points))
+        assert file["completed"].shape == (1, 13, 11, 1) and np.array_equal(file["observed"][0], seen)
+    levels = np.rint(np.load(out / "scan-complete.npz")["completed"][0, ..., 0] * 255)
+    assert np.array_equal(completed, levels)
+    np.save(tmp_path / "whole.npy", pixels[..., 0])
+    whole = str(tmp_path / "whole.npy")
+    assert "whole.npy must miss something, or --mask must hide it" in fails(capsys, "complete", str(image_run), whole)
+    options = ["--mask", "half", "--draws", "3", "--out", str(out)]
+    assert main(["complete", str(image_run), whole, picture, *options]) == 0
+    with np.load(out / "whole-complete.npz") as file:
+        assert file["draws"].shape == (1, 3, 13, 11, 1) and file["spread"].shape == (1, 13, 11, 1)
+        assert not file["spread"][:, :, :5].any() and file["spread"][:, :, 5:].all()
+    assert np.array_equal(np.load(out / "whole-complete.npy")[:, :5], (pixels[:, :5, 0] / 255).astype(np.float32))
+    assert "must differ in name" in fails(capsys, "segment", str(image_run), whole, whole)
+    np.save(tmp_path / "few.npy", np.full((1, 2), 0.5))
+    assert "few.npy must have the" in fails(capsys, "reconstruct", str(image_run), str(tmp_path / "few.npy"))
+
+
+def test_fields_and_solids_that_were_never_in_the_data(run: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = run
+    if kind == "image":
+        return
+    if kind == "voxels":
+        np.save(tmp_path / "mine.npy", np.random.default_rng(0).random((5, 7, 6)) < 0.5)
+    else:
+        kelvin = np.random.default_rng(0).uniform(250, 300, (1, 9, 12))
+        with pytest.importorskip("netCDF4").Dataset(tmp_path / "mine.nc", "w") as file:
+            for name, axis in (("lat", np.linspace(30, 60, 9)), ("lon", np.linspace(0, 40, 12))):
+                file.createDimension(name, len(axis))
+                file.createVariable(name, "f8", (name,))[:] = axis
+            file.createDimension("time", 1)
+            variable = file.createVariable("t", "f4", ("time", "lat", "lon"), fill_value=-1.0)
+            variable.units, variable[:] = "K", kelvin
+            variable[0, 3:6, 4:8] = -1.0
+    source = str(tmp_path / ("mine.npy" if kind == "voxels" else "mine.nc"))
+    for command in ("complete", "superres", "segment"):
+        extra = ["--mask", "patch"] if command == "complete" and kind == "voxels" else []
+        extra += ["--scale", "2"] if command == "superres" else []
+        assert main([command, str(folder), source, "--out", str(tmp_path), *extra]) == 0
+        assert (tmp_path / f"mine-{command}.npz").is_file()
+    if kind == "voxels":
+        assert (tmp_path / "mine-complete.obj").read_text().startswith("v ")
+        assert not (tmp_path / "mine-segment.obj").exists()
+        return
+    netcdf = pytest.importorskip("netCDF4")
+    with netcdf.Dataset(tmp_path / "mine-complete.nc") as file:
+        found = np.asarray(file["value"])[0, ::-1]
+    hidden = np.zeros((9, 12), bool)
+    hidden[3:6, 4:8] = True
+    np.testing.assert_allclose(found[~hidden], kelvin[0][~hidden], rtol=1e-5)
+    assert ((found[hidden] > 150) & (found[hidden] < 350)).all()
+    with netcdf.Dataset(tmp_path / "mine-superres.nc") as file:
+        assert file["value"].shape == (1, 17, 23)
+    with netcdf.Dataset(tmp_path / "mine-segment.nc") as file, np.load(tmp_path / "mine-segment.npz") as arrays:
+        assert np.array_equal(np.asarray(file["value"]), arrays["segmentation"])

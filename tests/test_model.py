@@ -1139,3 +1139,15 @@ def test_sampling_that_cannot_work_is_told_once():
     for coords in (fine, fine * 2):
         with pytest.warns(UserWarning, match="take a frequency_scale of at most .*, or more points"):
             build(frequency_scale=9.0).elbo(PointSet(coords, values))
+
+
+def test_complete_keeps_what_is_observed():
+    model, points = build(), grid()
+    masked = points.with_mask(masks(3, 30))
+    mean, filled = model.reconstruct(masked).mean, model.complete(masked)
+    for b in range(3):
+        assert torch.equal(filled[b, masked.mask[b]], points.values[b, masked.mask[b]])
+        assert torch.equal(filled[b, ~masked.mask[b]], mean[b, ~masked.mask[b]])
+    shared = points.with_mask(masked.mask[0])
+    assert torch.equal(model.complete(shared)[:, masked.mask[0]], points.values[:, masked.mask[0]])
+    assert torch.equal(model.complete(points), points.values)

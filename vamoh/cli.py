@@ -55,6 +55,12 @@ class _Choice(_Common):
     """how many functions, from the start of the split"""
 
 
+Files = Annotated[
+    Positional[tuple[str, ...]],
+    arg(metavar="[FILE ...]", help="functions of your own, of any size, in place of the data's: docs/data.md"),
+]
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a preset or a config.yaml; draw and evaluate the result.
@@ -81,6 +87,7 @@ class Reconstruct(_Choice):
     """Encode functions of the data and decode them: reconstruct.png and .npz."""
 
     run: Run = field(kw_only=True)
+    files: Files = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Superres(_Choice):
     """Decode functions of the data on a finer grid: superres.png and .npz."""
 
     run: Run = field(kw_only=True)
+    files: Files = field(default=(), kw_only=True)
     scale: int = 4
     """refinement of the grid along every axis"""
 
@@ -106,9 +114,11 @@ class Complete(_Choice):
     """Fill in masked points of the data, in- or out-painting: complete.png and .npz."""
 
     run: Run = field(kw_only=True)
-    mask: str = "patch"
+    files: Files = field(default=(), kw_only=True)
+    mask: str | None = None
     """patch: a hole in the centre; half: only the left half is seen; outside: only the centre is seen;
-    random:RATE: points are missing with that probability; or a .npy or .png file, white or True where seen"""
+    random:RATE: points are missing with that probability; or a .npy or .png file, white or True where seen;
+    default: patch, and for FILEs what is missing in them"""
     draws: int | None = None
     """also show so many completions, each by a draw of what was not seen, and their standard deviation"""
 
@@ -118,6 +128,7 @@ class Segment(_Choice):
     """Show which component explains each point, and how certainly: segment.png and .npz."""
 
     run: Run = field(kw_only=True)
+    files: Files = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_run_config
 from vamoh.data import Dataset, Domain, open_dataset
+from vamoh.data.function import Function, read_function
 from vamoh.distributed import join
 from vamoh.evaluate import MAX_PSNR, completable, evaluate_model, infer, observe, split_indices, thin
 from vamoh.export import FORMATS, export_model
@@ -132,9 +133,12 @@ def reconstruct(
     split: str,
     index: tuple[int, ...],
     count: int,
+    files: tuple[str, ...] = (),
 ) -> str:
     """Encode functions and decode them at their own points."""
     opened = open_run(run, device, seed, data)
+    if files:
+        return _of_files(opened, out, "reconstruct", files)
     indices = _chosen(opened, split, index, count)
 
     def one(points: PointSet) -> dict[str, Array]:
@@ -179,9 +183,12 @@ def superres(
     index: tuple[int, ...],
     count: int,
     scale: int,
+    files: tuple[str, ...] = (),
 ) -> str:
     """Decode functions on a grid refined `scale` times."""
     opened = open_run(run, device, seed, data)
+    if files:
+        return _of_files(opened, out, "superres", files, scale=scale)
     indices = _chosen(opened, split, index, count)
     _check_room("superres", opened, len(indices), scale)
     coords = opened.dataset.grid(scale)[0].to(opened.device)
@@ -214,12 +221,16 @@ def complete(
     split: str,
     index: tuple[int, ...],
     count: int,
-    mask: str,
+    mask: str | None,
     draws: int | None,
+    files: tuple[str, ...] = (),
 ) -> str:
     """Fill in the points that a mask hides; by several draws of z, where they are asked for."""
     opened = open_run(run, device, seed, data)
+    if files:
+        return _of_files(opened, out, "complete", files, mask=mask, draws=draws)
     indices = _chosen(opened, split, index, count)
+    mask = mask or "patch"
     seen = completion_mask(mask, opened.dataset.shape, seed=seed).flatten().to(opened.device)
     generator = torch.Generator(opened.device).manual_seed(seed)
 
@@ -240,7 +251,7 @@ def complete(
             "mean_map": opened.grid(result.mean_map),
             "completed": _completed(opened, partial, result),
             "psnr_missing": _decibel(result.mean, points.values, hidden),
-            **({} if draws is None else _completions(opened, partial, draws, generator)),
+            **({} if draws is None else _completions(opened, partial, draws, generator, opened.grid)),
         }
 
     arrays = _in_batches(opened, indices, one, opened.dataset.points * (draws or 1))
@@ -269,9 +280,12 @@ def segment(
     split: str,
     index: tuple[int, ...],
     count: int,
+    files: tuple[str, ...] = (),
 ) -> str:
     """Show which component explains each point, and how certain that is."""
     opened = open_run(run, device, seed, data)
+    if files:
+        return _of_files(opened, out, "segment", files)
     indices = _chosen(opened, split, index, count)
 
     def one(points: PointSet) -> dict[str, Array]:
@@ -489,7 +503,9 @@ def _strip(run: Run) -> Path:
     return figures.write_strip(run.folder / "strip.png", columns, look)
 
 
-def _completions(run: Run, partial: PointSet, draws: int, generator: torch.Generator) -> dict[str, Array]:
+def _completions(
+    run: Run, partial: PointSet, draws: int, generator: torch.Generator, grid: Callable[[Tensor], Array]
+) -> dict[str, Array]:
     """Completions [B, S, *shape, C], each by its own draw of z, and their standard deviation [B, *shape, C].
 
     The observed points are as they are given.
@@ -500,7 +516,70 @@ def _completions(run: Run, partial: PointSet, draws: int, generator: torch.Gener
     observed = torch.ones_like(values[0, ..., 0], dtype=torch.bool) if partial.mask is None else partial.mask
     values = torch.where(observed[..., None], partial.values, values)  # [S, B, N, C]
     spread = values.std(0, correction=min(1, draws - 1))
-    return {"draws": np.stack([run.grid(draw) for draw in values], 1), "spread": run.grid(spread)}
+    return {"draws": np.stack([grid(draw) for draw in values], 1), "spread": grid(spread)}
+
+
+def _of_files(
+    run: Run,
+    out: Path | None,
+    command: str,
+    files: tuple[str, ...],
+    *,
+    scale: int = 1,
+    mask: str | None = None,
+    draws: int | None = None,
+) -> str:
+    """What a command makes of the user's own files: FILE-COMMAND.npz, and beside it in the file's format."""
+    stems = [f"{Path(file.partition('::')[0]).stem}-{command}" for file in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise ValueError(f"{command}: files must differ in name, got several whose results would be {twice[0]}.npz")
+    given = [read_function(file, run.domain, run.model.coord_dim, run.model.channels) for file in files]
+    folder, written = _folder(run, out), []
+    generator = torch.Generator(run.device).manual_seed(run.seed)
+    for function, stem in zip(given, stems, strict=True):
+        points, target = _observed_of(run, command, function, mask), function
+        coords, z = points.coords, run.infer(points)
+        if command == "superres":
+            coords, target = function.finer(scale)
+            result = run.model.decode(z, coords.to(run.device))
+        else:
+            result = run.model.reconstruct(points, z=z)
+        maps = {"mean": result.mean, "mean_map": result.mean_map}
+        shown = result.mean
+        if command == "complete" and points.mask is not None:
+            maps["observed"] = points.mask.expand(points.batch, -1)
+            maps["completed"] = shown = torch.where(maps["observed"][..., None], points.values, result.mean)
+        if command == "segment":
+            maps |= {"segmentation": result.segmentation, "entropy": result.entropy, "pi": result.pi}
+            last = max(run.model.components - 1, 1)
+            shown, target = result.segmentation[..., None].to(shown) / last, replace(target, units=("1", 0.0, last))
+        arrays = {name: target.on_grid(value) for name, value in maps.items()}
+        if draws is not None:
+            arrays |= _completions(run, points, draws, generator, target.on_grid)
+        arrays |= {"z": z.cpu().numpy(), "coords": coords.cpu().numpy()}
+        written.append(_save_arrays(folder / f"{stem}.npz", arrays))
+        if command == "segment" and target.kind == "voxels":
+            continue  # a mesh shows no components
+        own = target.write(folder / stem, target.on_grid(shown))
+        written += [] if own is None else [own]
+    return _written(*written)
+
+
+def _observed_of(run: Run, command: str, function: Function, mask: str | None) -> PointSet:
+    """Functions of a file as the encoder may see them: without what is missing in it or hidden by a mask."""
+    points = function.points.to(run.device)
+    if mask is not None:
+        shape = function.shape or (points.count,)
+        points = observe(points, completion_mask(mask, shape, seed=run.seed).flatten())
+    if command == "complete" and points.mask is None:
+        raise ValueError(f"complete: {function.path} must miss something, or --mask must hide it, got a whole one")
+    if points.observed()[0] < run.model.min_points:
+        raise ValueError(
+            f"{command}: {function.path} must have the {run.model.min_points} observed points that the encoder needs, "
+            f"got {points.observed()[0]}"
+        )
+    return points
 
 
 def _completed(run: Run, partial: PointSet, result: Reconstruction) -> Array:

@@ -498,6 +498,12 @@ class VaMoH(nn.Module):
         )
         return self._decode(z, coords, progress, (known, observed, posterior_at))
 
+    @torch.no_grad()
+    def complete(self, points: PointSet, *, neighborhoods: Neighborhoods | None = None) -> Tensor:
+        """Values [B, N, C] of all points: those observed as they are, the model's mean where the mask hides them."""
+        mean = self.reconstruct(points, neighborhoods=neighborhoods).mean
+        return points.values if points.mask is None else torch.where(points.mask[..., None], points.values, mean)
+
     def decode(self, z: Tensor, coords: Tensor, *, with_pi: bool = True, progress: bool = False) -> Reconstruction:
         """Functions of latents z [B, Z] at coords [M, D] or [B, M, D], mixed by the prior over components.
 

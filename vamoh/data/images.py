@@ -210,6 +210,17 @@ def _read_image(path: Path, size: int | None) -> Array:
     return np.asarray(image)
 
 
+def read_picture(path: Path, grey: bool) -> tuple[Array, Array | None]:
+    """An image file as [H, W, 3] uint8, or [H, W, 1] if grey, and where it is not transparent [H, W]; None: nowhere."""
+    rgb = _read_image(path, None)
+    values = np.asarray(Image.fromarray(rgb).convert("L"))[..., None] if grey else rgb
+    with reading(path, "image"), Image.open(path) as opened:
+        if not opened.has_transparency_data:
+            return values, None
+        alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+    return values, np.asarray(alpha) > 0
+
+
 def _unread(image: Image.Image, path: Path) -> str:
     """What an image must be that it is not, because it would lose something as 8 bits of red, green and blue."""
     bits, signed = _bits(image, path)

@@ -49,7 +49,7 @@ def netcdf(path: str) -> Dataset:
     where = str(Path(name).expanduser())
     file = open_fields(where)
     variables, latitude, longitude = find_variables(where, file, wanted)
-    stored = _Stored(where, file, variables, latitude, longitude)
+    stored = StoredFields(where, file, variables, latitude, longitude)
     shape = (stored.count, len(stored.places.coords), len(variables))
     if 0 in shape:
         raise ValueError(f"{where}: {variables[0].name} must have no size 0, got {list(variables[0].shape)}")
@@ -135,8 +135,11 @@ def _dataset(
     )
 
 
-class _Stored:
-    """Fields of variables of a file: all dimensions but latitude and longitude count functions."""
+class StoredFields:
+    """Fields of variables of a file: all dimensions but latitude and longitude count functions.
+
+    places: where they have values. shape, axes: rows and columns of a grid, its latitudes and longitudes in degrees.
+    """
 
     def __init__(
         self, where: str, file: FieldFile, variables: list[Variable], latitude: Variable, longitude: Variable
@@ -153,6 +156,8 @@ class _Stored:
         _check_degrees(where, longitude.name, lon, -360, 720)
         self._rows: Array | None = None
         self._twins: list[tuple[int, int]] = []
+        self.shape: tuple[int, ...] = ()
+        self.axes: tuple[Array, ...] = ()
         if len(places) == 1:
             self.places = _Places(_on_sphere(lat, lon))
         else:
@@ -163,6 +168,7 @@ class _Stored:
             if twice.size:
                 raise ValueError(f"{where}: {latitude.name} must not repeat, got {twice[0]} twice")
             self.places = _places(lat, east)
+            self.axes, self.shape = (lat, east), (len(lat), len(east))
 
     def read(self, index: Array) -> Array:
         """Natural values [B, N, C] of the functions `index`, NaN where missing."""

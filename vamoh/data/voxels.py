@@ -42,14 +42,14 @@ def voxel_files(path: str) -> Dataset:
     where = "voxels"
     files = list_files(where, path, SUFFIXES)
     if len(files) == 1:
-        grids = _read_grid(files[0])
+        grids = read_grid(files[0])
         if grids.ndim != 4:
             raise ValueError(f"{files[0]}: a single file must hold grids [n, D, H, W], got shape {list(grids.shape)}")
         return grid_dataset(where, grids[..., None])
-    first = _read_grid(files[0])
+    first = read_grid(files[0])
     grids = np.empty((len(files), *first.shape), np.uint8)
     for i, file in enumerate(files):
-        grid = _read_grid(file)
+        grid = read_grid(file)
         if grid.ndim != 3:
             raise ValueError(f"{file}: each of several files must hold one grid [D, H, W], got {list(grid.shape)}")
         if grid.shape != first.shape:
@@ -79,7 +79,7 @@ def _groups(grids: Array) -> Array:
         group = smallest
 
 
-def _read_grid(path: Path) -> Array:
+def read_grid(path: Path) -> Array:
     """Read occupancy as uint8 of 0 and 255."""
     if path.suffix.lower() == ".binvox":
         return _read_binvox(path)
