@@ -42,6 +42,8 @@ TILES = (64, 128, 256)
 SLACK = 2.0
 """How many times the error of the model's plan one may have and still be chosen."""
 WORKERS = 10
+RESERVE = 20.0
+"""Seconds that the networks leave to the flow and PointConv."""
 GROUP = 32
 """Pairs of a function and a component whose first layer one batched product computes."""
 
@@ -207,6 +209,9 @@ def networks(session: Session) -> Iterator[dict[str, Any]]:
 
         for precision in precisions:
             for blocks in shapes(_small(session)):
+                if session.left < RESERVE:
+                    yield {"kind": "skipped", "job": f"sweep/{name}", "why": "the rest of the sweep needs the time"}
+                    break
                 found[precision].append(measure(precision, blocks))
                 yield found[precision][-1]
         best = {p: _best(lines) for p, lines in found.items()}
@@ -216,14 +221,15 @@ def networks(session: Session) -> Iterator[dict[str, Any]]:
             if line is not None
             for tile in (TILES[:1] if _small(session) else TILES)
         ]
-        if not _small(session):
+        if not _small(session) and session.left > RESERVE:
             yield from _compile_all(session, [(network.case(blocks), precision) for precision, blocks in again])
-        for precision, blocks in again:
+        for precision, blocks in again if session.left > RESERVE else []:
             found[precision].append(measure(precision, blocks))
             yield found[precision][-1]
         for lines in found.values():
             session.plans += [line for line in [_best(lines)] if line is not None]
-        yield from _first_layer(session, name, calls("ieee").args)
+        if session.left > RESERVE:
+            yield from _first_layer(session, name, calls("ieee").args)
 
 
 def _best(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

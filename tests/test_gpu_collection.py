@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 MISSING = ("tyro", "ruff", "mypy", "onnx", "onnxscript", "onnxruntime", "netCDF4", "dicebear_core", "resvg_py")
 
 
+@pytest.mark.slow
 def test_collection_needs_no_optional_package(tmp_path: Path) -> None:
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in MISSING)]
     (tmp_path / "missing.py").write_text("\n".join(lines) + "\n")

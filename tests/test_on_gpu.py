@@ -131,6 +131,7 @@ def test_the_table_is_short() -> None:
     assert len(table(lines)) <= on_gpu.MOST_PRINTED < 12000 and table(lines).startswith("100 problems")
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_stage(tmp_path: Path) -> None:
     """Without a GPU, with interpreted kernels, tiny sizes and stand-ins for clocks: no stage has a typing error."""
     pytest.importorskip("triton")
