@@ -1,0 +1,50 @@
+"""How far a result in float32 may be from the one in float64: unit roundoff times operations times condition.
+
+A sum of n products, rounded anywhere and in any order, is the exact sum for factors that changed by at most n units
+(Higham 2002, section 3.1). So a computation of layers of such sums is exact for arguments that changed by as many units
+as it has operations in a row, and how far that moves the result is its condition. Cancellation, saturation and slopes
+are in it by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-24
+"""Largest relative error of one rounding to float32."""
+
+
+def bounds(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], operations: float) -> list[float]:
+    """For each result of function(*arguments) in float64, how far its norm may move by `operations` roundings in a row.
+
+    The farthest of eight draws in which every entry of every argument is off by so many units of its own size, at least
+    of the usual size of its tensor, up or down: a sum rounds a small term as it rounds the others.
+    """
+    arguments = [a.detach() for a in arguments]
+    exact, generator = function(*arguments), torch.Generator().manual_seed(0)
+    farthest = [0.0] * len(exact)
+    sizes = [operations * UNIT * a.abs().clamp(min=float(a.abs().nanmean())) for a in arguments]
+    for _ in range(8):
+        signs = [2.0 * torch.randint(0, 2, a.shape, generator=generator) - 1 for a in arguments]
+        moved = function(*(a + s * size for a, s, size in zip(arguments, signs, sizes, strict=True)))
+        farthest = [max(most, float((m - e).norm())) for most, m, e in zip(farthest, moved, exact, strict=True)]
+    return farthest
+
+
+def within(results: Sequence[Tensor], exact: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    """Whether every result is as near to the exact one as its bound."""
+    assert [r.shape for r in results] == [e.shape for e in exact]
+    errors = [float((r.detach().cpu().double() - e.detach()).norm()) for r, e in zip(results, exact, strict=True)]
+    return all(error <= bound for error, bound in zip(errors, bounds, strict=True))
+
+
+def operations(widths: Sequence[int]) -> int:
+    """Roundings in a row of a network of these widths and its likelihood: of its sums, and 32 of the likelihood.
+
+    The longest, the logistic's, has two exponentials, two reciprocals and a logarithm of 2 to 4 each, and 20 sums and
+    products.
+    """
+    return sum(widths) + 32
