@@ -23,13 +23,17 @@ ROWS = [line for line in TEXT.splitlines() if line.startswith("| ")][2:]
 REWRITE = "run `python -m vamoh.kernels.ahead_of_time docs/kernels.md`"
 
 
-def within_limits(row: str) -> bool:
+SPARE = 64
+"""Bytes that a compiler other than the table's may spill besides: 16 of 255 registers, which each allocates its way."""
+
+
+def within_limits(row: str, spare: int = 0) -> bool:
     """Whether a row of the table keeps to the limits, and its kernel uses tensor cores where the precision has any."""
     op, _, _, precision, chip, _, registers, spilled, shared, wgmma, mma = row.strip("| ").split(" | ")
     kernel = "train" if op.endswith(("expected", "backward")) else "forward"
     return (
         int(registers) <= 255
-        and int(spilled) <= MOST_SPILLED[kernel]
+        and int(spilled) <= MOST_SPILLED[kernel] + spare
         and int(shared) <= CHIPS[int(chip.removeprefix("sm_"))]
         and (precision == "ieee") == (int(wgmma) + int(mma) == 0)
     )
@@ -77,8 +81,9 @@ for case, precision in sample + [(case, case.precisions[0]) for case in rest]:
 """
     rows = compiled(script, tmp_path)
     assert len(rows) == 12
-    assert not [row for row in rows if not within_limits(row)]
-    if f"Triton {triton.__version__}" in TEXT:
+    known = f"Triton {triton.__version__}" in TEXT
+    assert not [row for row in rows if not within_limits(row, 0 if known else SPARE)]
+    if known:
         assert set(rows) <= set(ROWS), f"the compiler reports something else: {REWRITE}"
 
 
