@@ -12,7 +12,7 @@ import torch
 
 from vamoh import checkpoint
 from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig, load_config, save_config
-from vamoh.data import Dataset
+from vamoh.data import Dataset, open_dataset
 from vamoh.data.dataset import grid_dataset, random_splits
 from vamoh.export import export_decoder
 from vamoh.runlog import read_log
@@ -121,3 +121,15 @@ def test_an_exported_decoder_takes_the_units_of_the_data():
     with torch.no_grad():
         mean = export_decoder(model).module()(z, coords)[0]
         torch.testing.assert_close(mean, model.decode(z, coords).mean)
+
+
+def test_coordinates_that_float32_cannot_hold(tmp_path):
+    data = clouds(1.0, 4.5e6, tmp_path / "near.npz")
+    with pytest.raises(
+        ValueError, match=r"near.npz: coords must differ by more than float32 rounds off, .* along axis 0"
+    ):
+        open_dataset("arrays", data.path)
+    assert open_dataset("arrays", clouds(250.0, 4.5e6, tmp_path / "far.npz").path).kind == "points"
+    level = np.stack([np.full(40, 4.5e6 + 0.3), np.linspace(0, 1, 40)], -1)  # nothing to tell apart along the first
+    np.savez(tmp_path / "level.npz", coords=level, values=np.zeros((24, 40, 1)))
+    assert open_dataset("arrays", str(tmp_path / "level.npz")).kind == "points"

@@ -165,9 +165,12 @@ def _mask(where: str, stored: StoredArray, n: int, count: int) -> Array:
 
 def _coordinates(where: str, coords: Array, mask: Array | None) -> Array:
     """Coordinates as float32; those that nobody observes are replaced where they are NaN or infinite."""
+    given = coords
     with np.errstate(over="ignore"):
-        coords = coords.astype(np.float32)
+        coords = given.astype(np.float32)
     finite = np.isfinite(coords).all(-1)
+    if given.dtype != np.float32:
+        _check_rounding(where, given[finite], coords[finite])
     if finite.all():
         return coords
     counted: Array = np.ones(finite.shape, np.bool_)
@@ -182,3 +185,19 @@ def _coordinates(where: str, coords: Array, mask: Array | None) -> Array:
     for each, good in zip(coords, finite, strict=True) if coords.ndim == 3 else [(coords, finite)]:
         each[~good] = each[good][0]
     return coords
+
+
+def _check_rounding(where: str, given: Array, rounded: Array) -> None:
+    """Raise ValueError where float32 does not tell points [M, D] apart, as far from 0 as they are."""
+    for axis in range(given.shape[-1] if len(given) else 0):
+        lost = float(np.abs(given[:, axis] - rounded[:, axis]).max())
+        extent = float(np.ptp(given[:, axis]))
+        if extent > 0 and lost > _MOST_LOST * extent:
+            raise ValueError(
+                f"{where}: coords must differ by more than float32 rounds off, got {lost:g} lost of an extent of "
+                f"{extent:g} along axis {axis}: subtract a number near {given[0, axis]:g} first"
+            )
+
+
+_MOST_LOST = 1e-3
+"""Share of the extent of coordinates that may be rounded off."""
