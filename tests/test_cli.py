@@ -431,15 +431,13 @@ def test_output_on_any_terminal(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     for words in (["--help"], *([command, "--help"] for command in COMMANDS)):
         assert main(words) == 0
-    out = tmp_path / "l\u00e4ufe-\u2192-\udcff"
+    out = tmp_path / "l\u00e4ufe-\u2192"
     assert main(["sample", str(image_run), "--count", "2", "--out", str(out)]) == 0
     assert main(["evaluate", str(image_run), "--count", "2", "--samples", "2", "--out", str(out)]) == 0
     sys.stdout.flush()
-    text = written.getvalue().decode(encoding, errors="surrogateescape")
+    text = written.getvalue().decode(encoding)
     assert "draw new functions from the trained model" in text and "vamoh complete" in text
-    assert str(out / "sample.npz").encode(encoding, errors="replace" if encoding != "utf-8" else "surrogateescape") in (
-        written.getvalue()
-    )
+    assert str(out / "sample.npz").encode(encoding, errors="replace") in written.getvalue()
     assert (out / "evaluation.json").is_file()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import inspect
 import io
 import logging
@@ -255,10 +254,9 @@ def _explained(command: str) -> Iterator[None]:
 
 
 def _print_anything() -> None:
-    """Let output hold any character: what the terminal cannot show becomes a question mark, or bytes as they came."""
+    """Let output hold any character: what the terminal cannot show becomes a question mark."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "replace")
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _run(name: str, options: dict[str, Any]) -> int:
