@@ -111,9 +111,23 @@ def pretend(folder: Path) -> None:
 
 def _interpret(folder: Path) -> None:
     """Take the Triton kernels on the CPU, where Triton interprets them; tables of plans lie in the folder."""
+    import triton.runtime.interpreter as interpreter
+
     from vamoh.kernels import _plan
     from vamoh.ops import _backend
 
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        """Triton 3.6 makes a number of an array of one value, which numpy 2.5 refuses."""
+        set_attr, number = scope.set_attr, lambda self: int(self.handle.data.squeeze())
+        scope.set_attr = lambda of, name, value: set_attr(of, name, number if name == "__index__" else value)
+        try:
+            patch(tensor, scope)
+        finally:
+            del scope.set_attr
+
+    interpreter._patch_lang_tensor = patch_index
     _plan.TUNED = folder
     for known in _backend._REGISTRY.values():
         for i, implementation in enumerate(known):

@@ -29,6 +29,10 @@ CHIPS = {80: 163 << 10, 90: 227 << 10}
 MOST_SPILLED = {"forward": 0, "train": 64}
 """Bytes of registers per thread that a kernel may spill."""
 
+EVERY_CONSTANT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Whether Triton lists constants among the arguments it knows something of, or only those that are text: its cache
+tells the two apart."""
+
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TYPES = {"first": "*i32", "second": "*i32", "seed": "*i64", "mask": "*i1"}
 _FLOATS = ("half_bin", "epsilon", "slope", "omega", "share", "constant")
@@ -278,7 +282,7 @@ def source(case: AnyCase, precision: str, capability: int) -> tuple[ASTSource, d
     signature = {name: _TYPES.get(name, "*fp32") if name not in meta else "constexpr" for name in kernel.arg_names}
     attributes: dict[tuple[int], list[list[object]]] = {}
     for i, kind in enumerate(signature.values()):
-        if kind == "constexpr":
+        if kind == "constexpr" and (EVERY_CONSTANT or isinstance(meta[kernel.arg_names[i]], str)):
             attributes[i,] = []
         elif kind.startswith("*"):
             attributes[i,] = [["tt.divisibility", 16]]
