@@ -17,7 +17,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro")
 
 from vamoh import load_config, open_dataset
 from vamoh.cli import main
-from vamoh.data import Dataset
+from vamoh.data import Dataset, source
 from vamoh.data.dataset import random_splits
 from vamoh.evaluate import completable, evaluate_model
 from vamoh.model import VaMoH
@@ -244,3 +244,19 @@ def test_a_folder_called_train_alone_is_a_folder() -> None:
     photographs("photos/train", 10)
     splits = open_dataset("images", "photos").splits
     assert all(torch.equal(splits[name], index) for name, index in random_splits("images", 10).items())
+
+
+def test_data_that_stay_in_their_file_train_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save("a.npy", np.random.default_rng(0).random((30, 6, 7)).astype(np.float32))
+
+    def losses(run: str) -> list[tuple[str, float]]:
+        return [(entry["split"], entry["elbo"]) for entry in read_log(f"{run}/metrics.jsonl")]
+
+    assert train("arrays", "a.npy", "held", "--train.steps", "6", "--train.log_every", "1") == 0
+    monkeypatch.setattr(source, "memory_share", lambda: 1000)
+    assert isinstance(open_dataset("arrays", "a.npy").values, source.Source)
+    assert train("arrays", "a.npy", "read", "--train.steps", "3", "--train.log_every", "1") == 0
+    assert main(["train", "--resume", "read", "--train.steps", "5"]) == 0
+    monkeypatch.setattr(source, "memory_share", lambda: 10**6)
+    assert main(["train", "--resume", "read", "--train.steps", "6"]) == 0
+    assert [e for e in losses("read") if e[0] == "train"] == [e for e in losses("held") if e[0] == "train"]
