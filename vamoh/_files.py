@@ -59,7 +59,8 @@ def reading(where: str, path: str | os.PathLike[str], kind: str) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        if error.errno is None and not isinstance(error, FileNotFoundError):  # a library's own, about what it read
+        # Without a name it is a library's own, or the system's about a place that a damaged file points to.
+        if error.filename is None and not isinstance(error, FileNotFoundError):
             raise ValueError(f"{where}: {path} is damaged or not {kind} ({reason(error)})") from error
         raise
     except Exception as error:

@@ -246,6 +246,7 @@ def _explained(command: str) -> Iterator[None]:
         text = " ".join(line.strip("│ ") for line in said.getvalue().splitlines()[1:])
         reason, hint, *_ = [*filter(None, (" ".join(part.split()) for part in re.split("[─╰╯-]{8,}", text))), "", ""]
         reason = reason.removeprefix("Error parsing ")
+        reason = reason if len(reason) <= 200 else f"{reason[:197]}..."
         if meant := re.match(r"Perhaps you meant: (\S+)", hint):
             reason += f"; did you mean {meant[1]}?"
         elif hint.startswith("Available subcommands"):
