@@ -336,9 +336,11 @@ def test_names_no_file_can_have() -> None:
 
 
 def test_differences() -> None:
-    a = config_to_dict(preset("digits"))
+    a = config_to_dict(preset("polymnist"))
     assert differences(a, a) == []
-    b = config_to_dict(replace(preset("digits"), seed=3, train=replace(preset("digits").train, beta_z=BetaConfig(2.0))))
+    b = config_to_dict(
+        replace(preset("polymnist"), seed=3, train=replace(preset("polymnist").train, beta_z=BetaConfig(2.0)))
+    )
     assert differences(a, b) == ["seed: 0 != 3", "train.beta_z.value: 1.0 != 2.0"]
     assert differences({"x": 1}, {}) == ["x: 1 != nothing"]
 
