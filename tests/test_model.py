@@ -329,7 +329,9 @@ def test_a_context_hides_points_from_the_encoder_alone(centroids, masked):
     if centroids == "fixed":
         model.set_centroids(points.coords)
     if masked:
-        points = points.with_mask(torch.rand(3, 30, generator=seeded(1)) < 0.8)
+        mask = torch.rand(3, 30, generator=seeded(1)) < 0.8
+        mask[:, 3:5] = False  # points that no function observes
+        points = points.with_mask(mask)
     context = masks(3, 30)
     noise = stored(model.draw_noise(3, generator=seeded()))
     result = model.elbo(points, context=context, noise=noise)

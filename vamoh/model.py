@@ -347,8 +347,9 @@ class VaMoH(nn.Module):
         self._check_points(points)
         check_number("elbo", "beta_z", beta_z)
         check_number("elbo", "beta_c", beta_c)
-        seen = points.compact() if context is None else self._seen(points, context)
-        points = points if context is not None and points.mask is None else points.compact()
+        seen = points = points.compact() if context is None else points
+        if context is not None:
+            points, context, seen = self._in_context(points, context)
         self._check_values(points)
         noise = (
             self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
@@ -643,8 +644,8 @@ class VaMoH(nn.Module):
             logits = self.encoder(points.values, encoded, neighborhoods, anchors)
         return Posterior.from_logits(logits), features
 
-    def _seen(self, points: PointSet, context: Tensor) -> PointSet:
-        """What of the points the encoder sees, ready for it."""
+    def _in_context(self, points: PointSet, context: Tensor) -> tuple[PointSet, Tensor, PointSet]:
+        """The points that any function observes, the context of these, and what of them the encoder sees."""
         shapes = ((points.count,), (points.batch, points.count))
         if not isinstance(context, Tensor) or tuple(context.shape) not in shapes:
             got = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
@@ -652,9 +653,15 @@ class VaMoH(nn.Module):
                 f"elbo: context must have shape [{points.count}] or [{points.batch}, {points.count}], got {got}"
             )
         check_tensor("elbo", "context", context, list(context.shape), dtypes=[torch.bool])
+        if points.mask is not None:
+            observed = points.mask if points.mask.dim() == 1 else points.mask.any(0)
+            if not bool(observed.all()):
+                index = observed.nonzero()[:, 0]
+                points, context = points.select(index), context[..., index]
         seen = points.restrict(context)
         # Fixed centroids need no other points, and these have been seen before.
-        return seen if self.encoder.fixed is not None and context.dim() == 2 else seen.compact()
+        seen = seen if self.encoder.fixed is not None and context.dim() == 2 else seen.compact()
+        return points.compact(), context, seen
 
     def _mirror(self, points: PointSet) -> Tensor | None:
         """Opposite points; not where a GPU would have to wait to know which of them are observed."""
