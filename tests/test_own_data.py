@@ -166,7 +166,7 @@ def test_a_function_with_too_few_points_is_named_before_the_first_step(capsys: p
     mask = np.ones((20, 64), bool)
     mask[7, 5:] = False
     np.savez("few.npz", **cloud(mask=mask))
-    assert train("arrays", "few.npz", "run") == 2
+    assert train("arrays", "few.npz", "run", "--model.centroids", "points") == 2
     wanted = "the 8 points that the encoder needs observed in every function, got 5 in function 7"
     assert wanted in capsys.readouterr().err
     assert not Path("run").exists()
@@ -181,7 +181,7 @@ def test_random_points_leave_every_function_enough() -> None:
 
 def test_points_that_no_function_observes_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("half.npz", **cloud(mask=np.arange(64) < 30))
-    assert train("arrays", "half.npz", "run", "--train.num_points", "40") == 2
+    assert train("arrays", "half.npz", "run", "--model.centroids", "points", "--train.num_points", "40") == 2
     assert "train.num_points must be from 8 (what the encoder needs) to 30" in capsys.readouterr().err
 
 
