@@ -549,8 +549,8 @@ def test_files_that_were_never_in_the_data(image_run: Path, tmp_path: Path, caps
         assert not file["spread"][:, :, :5].any() and file["spread"][:, :, 5:].all()
     assert np.array_equal(np.load(out / "whole-complete.npy")[:, :5], (pixels[:, :5, 0] / 255).astype(np.float32))
     assert "must differ in name" in fails(capsys, "segment", str(image_run), whole, whole)
-    np.save(tmp_path / "few.npy", np.full((1, 2), 0.5))
-    assert "few.npy must have the" in fails(capsys, "reconstruct", str(image_run), str(tmp_path / "few.npy"))
+    np.save(tmp_path / "few.npy", np.full((1, 2), np.nan))
+    assert "few.npy must have the 1 observed" in fails(capsys, "reconstruct", str(image_run), str(tmp_path / "few.npy"))
 
 
 def test_fields_and_solids_that_were_never_in_the_data(run: tuple[str, Path], tmp_path: Path) -> None:
