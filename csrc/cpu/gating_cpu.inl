@@ -131,18 +131,6 @@ void coords_weight_tile(const float* encoded, const float* grad, int64_t inputs,
           FromMatrixAhead{total, inputs, lines, encoded + count * inputs}, ToMatrix{total, inputs});
 }
 
-inline V tanh(V x) {
-  const V square = x * x;
-  V p = splat(-5.528318827e-3f);
-  p = fma(p, square, splat(2.048301867e-2f));
-  p = fma(p, square, splat(-5.369287627e-2f));
-  p = fma(p, square, splat(1.333089878e-1f));
-  p = fma(p, square, splat(-3.333326286e-1f));
-  const V size = abs(x);
-  const V far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
-  return size < 0.625f ? fma(p * square, x, x) : x < 0.0f ? -far : far;
-}
-
 inline void tanh_rows(float* panel, int64_t rows) {
   for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(panel + i, tanh(load(panel + i)));
 }

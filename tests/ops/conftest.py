@@ -159,7 +159,7 @@ def build_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
             key = (source, *own)
             if key not in objects:
                 path = folder / f"{len(objects)}.{number}.{source.stem}.o"
-                command = [compiler, *flags, *own, "-x", "c++", "-c", source, "-o", path]
+                command = [compiler, *flags, f"-I{source.parent}", *own, "-x", "c++", "-c", source, "-o", path]
                 subprocess.run([*map(str, command)], check=True)
                 objects[key] = path
             return objects[key]
