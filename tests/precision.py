@@ -21,11 +21,12 @@ def bounds(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor
     """For each result of function(*arguments) in float64, how far its norm may move by `operations` roundings in a row.
 
     The farthest of eight draws in which every entry of every argument is off by so many units of its own size, at least
-    of the usual size of its tensor, up or down: a sum rounds a small term as it rounds the others.
+    of the usual size of its tensor, up or down: a sum rounds a small term as it rounds the others. Never less than
+    eight units of the result.
     """
     arguments = [a.detach() for a in arguments]
     exact, generator = function(*arguments), torch.Generator().manual_seed(0)
-    farthest = [0.0] * len(exact)
+    farthest = [8 * UNIT * float(e.norm()) for e in exact]  # of the last sums and functions themselves
     sizes = [operations * UNIT * a.abs().clamp(min=float(a.abs().nanmean())) for a in arguments]
     for _ in range(8):
         signs = [2.0 * torch.randint(0, 2, a.shape, generator=generator) - 1 for a in arguments]
