@@ -88,6 +88,7 @@ class Case:
             pool_centroids=[c["num_output_points"] for c in pools],
             pool_neighbors=[c["num_neighbors"] for c in pools],
             weight_net=convs[0]["mid_channels"],
+            centroids="points",
             flow_layers=config["params_nf"]["L"],
             hypernet_widths=config["params_hyper"]["c_dim_list"][1:],
             inr_widths=config["params_fnrep"]["c_dim_list"][1:-1],

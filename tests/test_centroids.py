@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -209,6 +210,34 @@ def test_bad_domains(coords, error, message):
     with pytest.raises(error, match=message):
         model.set_centroids(coords)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+CLOUDS = {
+    "lattice": lambda: grid_coords((6, 5), dtype=torch.float64),
+    "scattered": lambda: draw(30, 2, seed=1),
+    "own": lambda: draw(3, 30, 2, seed=2),
+}
+
+
+@pytest.mark.parametrize("metric", ["raw", "encoded"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_ordered_points_may_come_in_any_order(cloud, masked, metric):
+    coords, values = CLOUDS[cloud](), draw(3, 30, 1, seed=4)
+    mask = draw(3, 30, seed=5) < 0.8 if masked else None
+    order = torch.randperm(30, generator=seeded())
+    shuffled = PointSet(coords[..., order, :], values[:, order], None if mask is None else mask[:, order])
+    for centroids, alike in (("ordered", True), ("points", False)):
+        model = build(None, centroids=centroids, neighbor_metric=metric)
+        a, b = latent(model, PointSet(coords, values, mask)), latent(model, shuffled)
+        assert torch.allclose(a, b, rtol=0, atol=1e-12) is alike, centroids
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ordered_points_of_a_sorted_cloud_are_the_published_ones(masked):
+    points = PointSet(GRID, draw(2, 42, 1), draw(2, 42, seed=1) < 0.8 if masked else None)
+    ours, published = (build(None, centroids=c).neighborhoods(points) for c in ("ordered", "points"))
+    assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*ours), itertools.chain(*published), strict=True))
 
 
 def test_points_have_no_centroids_to_set():

@@ -123,9 +123,9 @@ def test_search_in_a_graph_is_the_models_own():
             hoods = model.neighborhoods(PointSet(coords, torch.zeros(2, coords.shape[-2], 1)))
             frequencies = model.encoding.frequencies if metric == "encoded" else None
             batched = coords if coords.dim() == 3 else coords[None]
-            found = neighborhoods_in_graph(batched, frequencies, [12, 5, 5, 4])
+            found = neighborhoods_in_graph(batched, frequencies, [12, 5, 5, 4], True)
             assert all(torch.equal(a, b) for a, b in zip(found, (i for h in hoods for i in h), strict=True))
-            torch.library.opcheck(neighborhoods_in_graph, (batched, frequencies, [12, 5, 5, 4]))
+            torch.library.opcheck(neighborhoods_in_graph, (batched, frequencies, [12, 5, 5, 4], True))
 
 
 @pytest.mark.slow

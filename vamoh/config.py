@@ -61,7 +61,7 @@ class ModelConfig:
     """what they are then divided by, along every axis"""
     neighbor_metric: Literal["encoded", "raw"] = "encoded"
     """coordinates in which neighbours are near"""
-    centroids: Literal["points", "fixed"] = "points"
+    centroids: Literal["ordered", "points", "fixed"] = "ordered"
     """of the encoder: points of the cloud, or coordinates chosen once from the data's domain"""
     encoder_density: bool = False
     """the encoder sees values as 2y - 1, with a constant 1 beside them"""
@@ -523,6 +523,7 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig(
             latent_dim=64,
             components=10,
+            centroids="points",
             encoder_centroids=(4096, 1024, 256, 64, 1),
             encoder_neighbors=(9, 9, 9, 9, 9),
             encoder_channels=(64, 128, 256, 512, 512),
@@ -551,6 +552,7 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig(
             latent_dim=32,
             components=5,
+            centroids="points",
             encoder_centroids=(1024, 256, 64),
             encoder_neighbors=(16, 16, 16),
             encoder_channels=(32, 64, 256),
@@ -575,6 +577,7 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig(
             latent_dim=16,
             components=4,
+            centroids="points",
             encoder_centroids=(196, 49, 25),
             encoder_neighbors=(9, 9, 9),
             encoder_channels=(32, 32, 32),
@@ -600,6 +603,7 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig(
             latent_dim=32,
             components=3,
+            centroids="points",
             encoder_centroids=(4096, 512, 64, 16, 16),
             encoder_neighbors=(8, 27, 27, 27, 8),
             encoder_channels=(32, 64, 128, 256, 16),
@@ -627,6 +631,7 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig(
             latent_dim=32,
             components=3,
+            centroids="points",
             encoder_centroids=(1024, 256, 64, 32, 16),
             encoder_neighbors=(9, 9, 9, 9, 9),
             encoder_channels=(32, 64, 256, 512, 32),

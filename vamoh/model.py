@@ -38,6 +38,7 @@ from vamoh.ops._noise import check_noise, counter_noise_reference
 from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
 from vamoh.ops.knn import knn
+from vamoh.ops.point_conv import gather
 from vamoh.points import PointSet, domain, lexicographic, observed_coords, upload
 
 Neighborhoods = tuple[Neighborhood, ...]
@@ -81,7 +82,9 @@ class VaMoH(nn.Module):
     coord_offset, coord_scale: coordinates of other units than [-1, 1] are normalised to (coords - offset) / scale; D
                             numbers each, or none. `set_domain` measures them.
     neighbor_metric:        "encoded" (published code) or "raw": the coordinates in which neighbours are nearest.
-    centroids:              of the encoder: "points" of the cloud (published code), or "fixed" coordinates, chosen once
+    centroids:              of the encoder: points of the cloud, "ordered" by their coordinates, so that the order in
+                            which they come plays no part; "points" in the order given (published code), which the
+                            first point and ties then depend on; or "fixed" coordinates, chosen once
                             by `set_centroids`; z then depends neither on the order of points nor on padding.
     encoder_density:        the encoder sees a value y as 2y - 1 with a constant 1 beside it, so that it notices where
                             there are points.
@@ -122,7 +125,7 @@ class VaMoH(nn.Module):
         weight_net: Sequence[int] = (16, 16),
         weight_net_slope: float | None = None,
         neighbor_metric: str = "encoded",
-        centroids: str = "points",
+        centroids: str = "ordered",
         encoder_density: bool = False,
         prior: str = "flow",
         flow_layers: int = 10,
@@ -195,7 +198,7 @@ class VaMoH(nn.Module):
         if not weight_net:
             raise ValueError("VaMoH: weight_net must list at least one width")
         check_choice("VaMoH", "neighbor_metric", neighbor_metric, ["encoded", "raw"])
-        check_choice("VaMoH", "centroids", centroids, ["points", "fixed"])
+        check_choice("VaMoH", "centroids", centroids, ["ordered", "points", "fixed"])
         check_type("VaMoH", "encoder_density", encoder_density, bool)
         check_choice("VaMoH", "prior", prior, ["flow", "normal"])
         check_choice("VaMoH", "inr_activation", inr_activation, ACTIVATIONS)
@@ -204,7 +207,8 @@ class VaMoH(nn.Module):
         check_choice("VaMoH", "initialization", initialization, ["stable", "published"])
         stages = _stages(encoder_centroids, encoder_neighbors, encoder_channels, pool_centroids, pool_neighbors)
         self.coord_dim, self.channels, self.latent_dim, self.components = coord_dim, channels, latent_dim, components
-        self.neighbor_metric, self.kl, self.kl_samples = neighbor_metric, kl, kl_samples
+        self.neighbor_metric, self.centroids = neighbor_metric, centroids
+        self.kl, self.kl_samples = kl, kl_samples
         self.use_flow = self.use_gating_prior = True
         stable = initialization == "stable"
         bounded = gating_bound == "tanh"
@@ -284,7 +288,7 @@ class VaMoH(nn.Module):
         """
         fixed = self.encoder.fixed
         if fixed is None:
-            raise ValueError('set_centroids: the model must have centroids="fixed", got centroids="points"')
+            raise ValueError(f'set_centroids: the model must have centroids="fixed", got centroids="{self.centroids}"')
         check_tensor("set_centroids", "coords", coords, ["N", self.coord_dim], like=fixed.centroids)
         check_finite("set_centroids", "coords", coords)
         if len(coords) == 0:
@@ -594,7 +598,9 @@ class VaMoH(nn.Module):
             coords = points.coords if points.coords.dim() == 3 else points.coords[None]
             sizes = [size for stage in self.encoder.stages for size in stage[:2]]
             coords = self.encoding.normalized(coords)
-            pairs = neighborhoods_in_graph(coords.detach(), None if metric is None else metric.detach(), sizes)
+            pairs = neighborhoods_in_graph(
+                coords.detach(), None if metric is None else metric.detach(), sizes, self.centroids == "ordered"
+            )
             return tuple(Neighborhood(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
         found: Neighborhoods = self._remembered_neighborhoods(points)
         return found
@@ -627,7 +633,7 @@ class VaMoH(nn.Module):
         encoding = self.encoding if self.neighbor_metric == "encoded" else None
         observed = None if points.mask is None else points.observed()
         coords = self.encoding.normalized(points.coords) if encoding is None else points.coords
-        return _search(coords, points.mask, observed, encoding, self.encoder)
+        return _search(coords, points.mask, observed, encoding, self.encoder, self.centroids == "ordered")
 
     def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
         """q(z) and the encoded coordinates of compacted points."""
@@ -774,9 +780,10 @@ def _search(
     observed: tuple[int, int] | None,
     encoding: FourierFeatures | None,
     encoder: Encoder,
+    ordered: bool,
 ) -> Neighborhoods:
     """Neighbourhoods of points at coords [N, D] or [B, N, D], nearest in encoded coordinates or, without encoding, in
-    these. mask [B, N]; observed as in `Encoder.neighborhoods`.
+    these. mask [B, N]; observed as in `Encoder.neighborhoods`. ordered: take them in the order of their coordinates.
     """
     metric, table = coords, None
     if encoding is not None:
@@ -784,8 +791,21 @@ def _search(
         kept = mask if coords.dim() == 3 else None
         metric, table = encoding.metric(coords, kept, coords.shape[-2] * encoder.stages[0].centroids)
     batched = metric if metric.dim() == 3 else metric[None]
+    order = lexicographic(coords if coords.dim() == 3 else coords[None]) if ordered else None  # [B|1, N]
     with trusted():
-        return encoder.neighborhoods(batched, mask, table, observed)
+        if order is None or _is_identity(order):
+            return encoder.neighborhoods(batched, mask, table, observed)
+        batched = gather(batched, order)
+        mask = None if mask is None else mask.gather(1, order.expand(len(mask), -1))
+        (centroids, neighbors), *later = encoder.neighborhoods(batched, mask, table, observed)
+        order = order.expand(len(centroids), -1)
+        given = order.gather(1, centroids.clamp(min=0)).where(centroids >= 0, -1)
+        return Neighborhood(given, order.gather(1, neighbors.flatten(1)).view_as(neighbors)), *later
+
+
+def _is_identity(order: Tensor) -> bool:
+    """Whether an order changes nothing, as that of a grid; where a GPU would wait for the answer, False."""
+    return order.device.type == "cpu" and bool((order == torch.arange(order.shape[1])).all())
 
 
 def _distances(
@@ -827,9 +847,13 @@ _ENCODINGS: ContentCache[FourierFeatures] = ContentCache()
 
 
 @torch.library.custom_op(
-    "vamoh::neighborhoods", mutates_args=(), schema="(Tensor coords, Tensor? frequencies, int[] sizes) -> Tensor[]"
+    "vamoh::neighborhoods",
+    mutates_args=(),
+    schema="(Tensor coords, Tensor? frequencies, int[] sizes, bool ordered) -> Tensor[]",
 )
-def neighborhoods_in_graph(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
+def neighborhoods_in_graph(
+    coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int], ordered: bool
+) -> list[Tensor]:
     """The search of `VaMoH.neighborhoods` as one step of a traced graph, because values decide on its way.
 
     coords [B|1, N, D], all observed; frequencies [E/2, D], or None for neighbours in raw coordinates; sizes: M and S of
@@ -839,11 +863,12 @@ def neighborhoods_in_graph(coords: Tensor, frequencies: Tensor | None, sizes: Se
     encoding = None
     if frequencies is not None:
         encoding = _ENCODINGS.get((frequencies,), lambda: FourierFeatures.of(frequencies))
-    return [index for hood in _search(coords, None, None, encoding, Encoder.without_weights(stages)) for index in hood]
+    found = _search(coords, None, None, encoding, Encoder.without_weights(stages), ordered)
+    return [index for hood in found for index in hood]
 
 
 @neighborhoods_in_graph.register_fake
-def _(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int]) -> list[Tensor]:
+def _(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int], ordered: bool) -> list[Tensor]:
     batch, count, _ = coords.shape
     found = []
     for m, s in zip(sizes[::2], sizes[1::2], strict=True):

@@ -487,6 +487,7 @@ def _model(keys: _Keys, *, images: bool) -> ModelConfig:
         pool_centroids=tuple(pool[0] for pool in pools),
         pool_neighbors=tuple(pool[1] for pool in pools),
         weight_net=tuple(keys.take(f"{net}.mid_channels", "model.weight_net")),
+        centroids="points",
         prior=prior,  # type: ignore[arg-type]
         flow_layers=keys.take("params_nf.L", "model.flow_layers"),
         hypernet_widths=tuple(hyper[0] * (i + 1) for i in range(hyper[1])),

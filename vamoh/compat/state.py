@@ -162,7 +162,7 @@ def to_reference(model: VaMoH) -> dict[str, Tensor]:
         "weight_net_slope": (model.encoder.convs[0].slope, None),
         "neighbor_metric": (model.neighbor_metric, "encoded"),
         "coord_scale": (list(model.domain[1]), []),
-        "centroids": ("points" if model.encoder.fixed is None else "fixed", "points"),
+        "centroids": (model.centroids, "points"),
         "encoder_density": (model.encoder.density, False),
         "gating_bound": ("tanh" if model.gating_prior.bounded else "none", "tanh"),
     }
