@@ -42,6 +42,19 @@ def within(results: Sequence[Tensor], exact: Sequence[Tensor], bounds: Sequence[
     return all(error <= bound for error, bound in zip(errors, bounds, strict=True))
 
 
+def near(
+    results: Sequence[Tensor],
+    function: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Tensor],
+    widths: Sequence[int],
+    unit: float = 1.0,
+) -> bool:
+    """Whether results are those of the function in float64 of a network, up to roundings of `unit` times float32's."""
+    arguments = [a.detach().cpu().double() for a in arguments]
+    allowed = bounds(function, arguments, unit * operations(widths))
+    return within(results, function(*arguments), allowed)
+
+
 def operations(widths: Sequence[int]) -> int:
     """Roundings in a row of a network of these widths and its likelihood: of its sums, and 32 of the likelihood.
 

@@ -6,14 +6,13 @@ import functools
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.precision import bounds, operations, within
+from tests.precision import near, operations
 from vamoh.kernels.inr_mixture_plan import PRECISIONS, refusal
 from vamoh.layout import packed_size
 from vamoh.ops import (
@@ -96,19 +95,6 @@ def expected(
     return list(op(*arguments, mask, mirror, list(inr.widths), *inr[1:], *kind, backend))
 
 
-def near(
-    results: Sequence[Tensor],
-    function: Callable[..., Sequence[Tensor]],
-    arguments: Sequence[Tensor],
-    widths: tuple[int, ...],
-    unit: float = 1.0,
-) -> bool:
-    """Whether results are those of the float64 function, with roundings of `unit` times those of float32."""
-    arguments = [t.double() for t in arguments]
-    allowed = bounds(function, arguments, unit * operations(widths))
-    return within(results, function(*arguments), allowed)
-
-
 def to(device: str, arguments: list[Tensor], mirror: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     return [t.to(device) for t in arguments], None if mirror is None else mirror.to(device)
 
@@ -133,7 +119,7 @@ def check(size: tuple, features: str, inr: Inr, kind: Likelihood, device: str, u
     by_theta = torch.autograd.grad(out, leaf, incoming.to(device))[0]
 
     def exact_outputs(theta: Tensor, x: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        theta = theta.requires_grad_()
+        theta = theta.detach().requires_grad_()
         out = inr_mixture_reference(theta, x, inr)
         return out.detach(), torch.autograd.grad(out, theta, incoming)[0]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.precision import bounds, near, operations, within
 from vamoh.layout import packed_size
 from vamoh.ops import (
     inr_mixture,
@@ -92,6 +94,15 @@ def gradients(arguments: list, inr: Inr, kind: Likelihood, slow: bool = False) -
     return [value.detach(), *grads]
 
 
+def float32_bounds(arguments: list, inr: Inr, kind: Likelihood) -> list[float]:
+    """How far float32 may take what `gradients` gives."""
+
+    def exact(*arguments: Tensor) -> list[Tensor]:
+        return gradients(list(arguments), inr, kind, slow=True)
+
+    return bounds(exact, arguments, operations(inr.widths))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES)
@@ -100,8 +111,8 @@ def test_outputs_match_loops(size, shared, activation):
     inr = Inr(size[-1], activation, slope=0.3, omega=2.5)
     expected = torch.from_numpy(loops(theta.numpy(), features.numpy(), inr))
     torch.testing.assert_close(inr_mixture(theta, features, inr), expected, rtol=1e-12, atol=1e-12)
-    single = inr_mixture(theta.float(), features.float(), inr).double()
-    assert (single - expected).norm() <= 1e-5 * expected.norm()
+    single = inr_mixture(theta.float(), features.float(), inr)
+    assert near([single], lambda *t: [inr_mixture_reference(*t, inr)], [theta, features], inr.widths)
 
 
 @pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
@@ -127,9 +138,9 @@ def test_gradients_match_autograd(size, shared, kind, activation):
     arguments, inr = [t.double() for t in single], Inr(size[-1], activation, slope=0.3, omega=0.8)
     expected = gradients(arguments, inr, kind, slow=True)
     single = gradients(single, inr, kind)
-    for result, other, exact in zip(gradients(arguments, inr, kind), single, expected, strict=True):
+    for result, exact in zip(gradients(arguments, inr, kind), expected, strict=True):
         torch.testing.assert_close(result, exact, rtol=1e-9, atol=1e-9 * float(exact.abs().max()))
-        assert (other.double() - exact).norm() <= 1e-5 * exact.norm()
+    assert within(single, expected, float32_bounds(arguments, inr, kind))
 
 
 @pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
@@ -185,10 +196,13 @@ def test_saturated_outputs(kind, dtype):
     inr = Inr((4, 6, 2))
     assert inr_mixture(*arguments[:2], inr).abs().max() > 1000
     result = gradients(arguments, inr, kind)
-    expected = gradients([t.double() for t in arguments], inr, kind, slow=True)
-    for a, b in zip(result, expected, strict=True):
-        assert a.isfinite().all()
-        assert (a.double() - b).norm() <= (1e-9 if dtype == torch.float64 else 1e-5) * b.norm()
+    exact = [t.double() for t in arguments]
+    expected = gradients(exact, inr, kind, slow=True)
+    assert all(t.isfinite().all() for t in result)
+    if dtype == torch.float64:
+        assert max(map(distance, result, expected)) <= 1e-9
+    else:
+        assert within(result, expected, float32_bounds(exact, inr, kind))
 
 
 def test_weights_of_zero():
@@ -332,37 +346,47 @@ NATIVE_SIZES = [
 needs_native = pytest.mark.skipif(native_unavailable() is not None, reason=str(native_unavailable()))
 
 
+def exact_results(inr: Inr, kind: Likelihood, mask: Tensor | None, *arguments: Tensor) -> list[Tensor]:
+    """Value, log-likelihoods, gradients of theta and scale, and the log-likelihoods again."""
+    results = expected_with_gradients(list(arguments), inr, kind, None, "reference", mask)
+    return [*results, results[1]]
+
+
+def exact_outputs(inr: Inr, theta: Tensor, features: Tensor, incoming: Tensor) -> list[Tensor]:
+    """Outputs and the gradient of theta."""
+    theta = theta.detach().requires_grad_()
+    out = inr_mixture_reference(theta, features, inr)
+    return [out.detach(), torch.autograd.grad(out, theta, incoming)[0]]
+
+
 @needs_native
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
 @pytest.mark.parametrize("size", NATIVE_SIZES, ids=str)
 def test_native_matches_float64(monkeypatch, isas, size, features):
     (arguments, mirror), n = native_case(*size, features), size[2]
-    exact = [t.double() for t in arguments]
     for i, isa in enumerate(isas):
         monkeypatch.setenv("VAMOH_ISA", isa)
         for j, kind in enumerate(LIKELIHOODS):
             activation = ACTIVATIONS[(i + j) % 3]
             inr = Inr(size[-1], activation, slope=-0.2 if j == 1 else 0.2, omega=1.5)
-            result = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
-            expected = expected_with_gradients(exact, inr, kind, None, "reference")
-            assert max(map(distance, result, expected)) <= 1e-5
             theta, x, values, _, scale = arguments
-            log_p = inr_mixture_log_likelihood(theta, x, values, scale, inr, kind, mirror=mirror, backend="cpu")
-            assert distance(log_p, expected[1]) <= 1e-5
-            leaf, other = theta.clone().requires_grad_(), exact[0].clone().requires_grad_()
+            results = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
+            results.append(inr_mixture_log_likelihood(theta, x, values, scale, inr, kind, mirror=mirror, backend="cpu"))
+            assert near(results, partial(exact_results, inr, kind, None), arguments, inr.widths)
+
+            leaf = theta.clone().requires_grad_()
             out = inr_mixture(leaf, x, inr, mirror=mirror, backend="cpu")
-            plain = inr_mixture_reference(other, exact[1], inr)
-            incoming = torch.sin(torch.arange(plain.numel(), dtype=torch.float64)).view(plain.shape)
-            assert distance(out, plain) <= 1e-5
-            gradient = torch.autograd.grad(plain, other, incoming)[0]
-            assert distance(torch.autograd.grad(out, leaf, incoming.float())[0], gradient) <= 1e-5
+            incoming = torch.sin(torch.arange(out.numel())).view(out.shape)
+            results = [out, torch.autograd.grad(out, leaf, incoming)[0]]
+            assert near(results, partial(exact_outputs, inr), [theta, x, incoming], inr.widths)
+
             for points in (n, 1):
                 log_pi = torch.randn(size[0], size[1], points, generator=torch.Generator().manual_seed(j)).log_softmax(
                     1
                 )
                 means = inr_mixture_mean(theta, x, log_pi, inr, kind, mirror=mirror, backend="cpu")
-                exact_means = inr_mixture_mean_reference(exact[0], exact[1], log_pi.double(), inr, kind)
-                assert max(map(distance, means, exact_means)) <= 1e-5
+                exact = partial(inr_mixture_mean_reference, log_pi=log_pi.double(), inr=inr, likelihood=kind)
+                assert near(means, exact, [theta, x], inr.widths)
 
 
 @needs_native
@@ -442,11 +466,18 @@ def test_masks_equal_every_function_alone(monkeypatch, isas, size, features, bac
             for whole, part in zip((expected[0], *expected[2:]), (one[0], *one[2:]), strict=True):
                 whole[here] = part
             expected[1][j, :, own] = one[1][0]
-        assert max(map(distance, result, expected)) <= (1e-5 if backend == "cpu" else 1e-12)
-        log_p = inr_mixture_log_likelihood(
-            *given[:3], scale.to(given[0].dtype), inr, kind, mask=mask, mirror=mirror, backend=backend
+        result.append(
+            inr_mixture_log_likelihood(
+                *given[:3], scale.to(given[0].dtype), inr, kind, mask=mask, mirror=mirror, backend=backend
+            )
         )
-        assert distance(log_p, expected[1]) <= (1e-5 if backend == "cpu" else 1e-12)
+        expected.append(expected[1])
+        if backend == "reference":
+            assert max(map(distance, result, expected)) <= 1e-12
+        else:
+            exact, doubles = partial(exact_results, inr, kind, mask), [t.double() for t in given]
+            allowed = bounds(exact, doubles, operations(widths))
+            assert within(result, expected, allowed)
 
 
 def test_gradients_with_a_mask():
@@ -480,19 +511,8 @@ def test_native_at_any_size(data):
     arguments, mirror = native_case(b, k, n, widths, features)
     inr = Inr(widths, data.draw(st.sampled_from(ACTIVATIONS)), omega=2.0)
     kind = data.draw(st.sampled_from(LIKELIHOODS))
-    exact = [t.double() for t in arguments]
-    *result, by_scale = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
-    *expected, exact_by_scale = expected_with_gradients(exact, inr, kind, None, "reference")
-    assert max(map(distance, result, expected)) <= 1e-5
-    assert (by_scale - exact_by_scale).norm() <= 1e-6 * scale_terms(exact, inr, kind).norm()
-
-
-def scale_terms(arguments: list, inr: Inr, kind: Likelihood) -> Tensor:
-    """Sum [B, K, C] of the magnitudes whose signed sum is the gradient of the scale, which may nearly cancel."""
-    theta, features, values, weights, scale = arguments
-    logits = inr_mixture_reference(theta, features, inr)
-    terms = log_likelihood_with_derivatives(kind, logits, values[:, None], scale[:, None])[2]
-    return torch.zeros(()) if terms is None else (weights[..., None] * terms).abs().sum(2)
+    result = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
+    assert near(result, lambda *t: exact_results(inr, kind, None, *t)[:-1], arguments, widths)
 
 
 @needs_native
