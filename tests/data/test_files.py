@@ -113,7 +113,7 @@ class TestImages:
 
     def test_too_few(self, tmp_path: Path) -> None:
         path = write_images(tmp_path, {f"{i}.png": noise(4, 4) for i in range(2)})
-        with refuse("images: data must hold at least 3 functions, one for each split, got 2"):
+        with refuse(f"{path}: data must hold at least 3 functions, one for each split, got 2"):
             open_dataset("images", path)
 
 

@@ -53,7 +53,7 @@ def array_file(path: str) -> Dataset:
     values, _ = _keep(source)
     if stored.dtype == np.uint8 and source.largest <= 1:
         raise ValueError(f"{file}: uint8 values must use the range 0 to 255, got at most 1; store bool for occupancy")
-    return on_grid("arrays", shape[:-1], values)
+    return on_grid("arrays", shape[:-1], values, splits=random_splits(str(file), values.shape[0]))
 
 
 class _Stored(Source):

@@ -90,7 +90,7 @@ def image_folder(path: str, size: int | None = None) -> tuple[Dataset, list[str]
     names = [file.relative_to(start).as_posix() if file != start else file.name for file in files]
     splits = _folder_splits(path, names)
     if splits is None:
-        splits = random_splits(where, len(files))
+        splits = random_splits(path, len(files))
     first = _read_image(files[0], size)
     if len(files) * first.nbytes <= sources.memory_share():
         images = _load(files, first.shape, size)

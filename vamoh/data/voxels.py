@@ -45,7 +45,7 @@ def voxel_files(path: str) -> Dataset:
         grids = read_grid(files[0])
         if grids.ndim != 4:
             raise ValueError(f"{files[0]}: a single file must hold grids [n, D, H, W], got shape {list(grids.shape)}")
-        return grid_dataset(where, grids[..., None])
+        return grid_dataset(where, grids[..., None], random_splits(path, len(grids)))
     first = read_grid(files[0])
     grids = np.empty((len(files), *first.shape), np.uint8)
     for i, file in enumerate(files):
@@ -55,7 +55,7 @@ def voxel_files(path: str) -> Dataset:
         if grid.shape != first.shape:
             raise ValueError(f"{file}: grid must be {list(first.shape)} like {files[0].name}, got {list(grid.shape)}")
         grids[i] = grid
-    return grid_dataset(where, grids[..., None])
+    return grid_dataset(where, grids[..., None], random_splits(path, len(grids)))
 
 
 def _unpack(file: Arrays) -> Array:
