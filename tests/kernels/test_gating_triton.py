@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.precision import UNIT
 from vamoh.kernels.inr_mixture_plan import PRECISIONS
 from vamoh.ops import categorical_kl, gating, gating_coords
 
@@ -135,7 +136,9 @@ def test_bounded_logits_near_zero_keep_their_digits(device):
     x = torch.cat([-x, x])
     coords = torch.stack([x, torch.zeros_like(x)]).to(device)
     log_p = gating(coords, torch.zeros(1, 2, device=device), [], [], slope=0.1, bounded=True, backend="triton").cpu()
-    torch.testing.assert_close((log_p[0, 0] - log_p[0, 1]).double(), x.double().tanh(), rtol=0, atol=3e-7)
+    # numbers below 2: tanh within 4 roundings, two sums with the same number and their difference one each
+    result = (log_p[0, 0] - log_p[0, 1]).double()
+    torch.testing.assert_close(result, x.double().tanh(), rtol=0, atol=8 * UNIT)
 
 
 @pytest.mark.parametrize("shared", [True, False])

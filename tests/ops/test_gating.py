@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.precision import UNIT
 from vamoh.ops import categorical_kl, gating, gating_coords
 
 SIZES = [
@@ -168,7 +169,8 @@ def test_bounded_logits_near_zero_keep_their_digits(isas, monkeypatch):
         x = torch.cat([-x, x])
         log_p = gating(torch.stack([x, torch.zeros_like(x)]), torch.zeros(1, 2), [], [], slope=0.1, bounded=True)
         odds = log_p.double()[0, 0] - log_p.double()[0, 1]
-        torch.testing.assert_close(odds, x.double().tanh(), rtol=0, atol=3e-7)
+        # numbers below 2: tanh within 4 roundings, two sums with the same number one each
+        torch.testing.assert_close(odds, x.double().tanh(), rtol=0, atol=8 * UNIT)
 
 
 def test_strided_inputs(backend):
