@@ -8,6 +8,7 @@ are in it by themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,6 +54,16 @@ def near(
     arguments = [a.detach().cpu().double() for a in arguments]
     allowed = bounds(function, arguments, unit * operations(widths))
     return within(results, function(*arguments), allowed)
+
+
+def near_sums(results: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
+    """Whether results are float32 sums of independent terms of either sign, none longer than their rows or columns.
+
+    The sum of k of n terms is √(k/n) of the result's size and rounds by a unit of it: √(n/2) units together where
+    roundings are independent (Higham and Mary 2019). Thrice that, and four for the products and the result.
+    """
+    terms = max(max(t.flatten(0, -2).shape) for t in exact if t.dim() > 1)
+    return within(results, exact, [(3 * math.sqrt(terms / 2) + 4) * UNIT * float(e.detach().norm()) for e in exact])
 
 
 def operations(widths: Sequence[int]) -> int:
