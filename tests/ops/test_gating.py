@@ -216,8 +216,9 @@ def test_coordinates_part(isas, monkeypatch, b, n, e, widths):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(call(torch.float32, "cpu"))
-            assert all(map(torch.equal, results[-1], results[0])), (isa, threads)
-        assert max(map(distance, results[0], expected)) < 1e-5, isa
+            own = [i for i in range(len(expected)) if i != len(widths)]  # that of encoded is a product of torch's BLAS
+            assert all(torch.equal(results[-1][i], results[0][i]) for i in own), (isa, threads)
+            assert max(map(distance, results[-1], expected)) < 1e-5, isa
 
 
 def test_coordinates_part_of_odd_inputs(backend):
