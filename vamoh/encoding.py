@@ -45,6 +45,7 @@ class FourierFeatures(nn.Module):
     ) -> None:
         super().__init__()
         self._fill(torch.randn(frequencies, coord_dim, generator=generator) * scale, learn)
+        self._nominal = abs(scale)
 
     @classmethod
     def of(cls, frequencies: Tensor) -> FourierFeatures:
@@ -52,10 +53,12 @@ class FourierFeatures(nn.Module):
         features = cls.__new__(cls)
         nn.Module.__init__(features)
         features._fill(frequencies.detach().clone(), learn=False)
+        features._nominal = math.nan  # nobody asks for it
         return features
 
     def _fill(self, matrix: Tensor, learn: bool) -> None:
         self.frequencies: Tensor  # [E/2, D], cycles per unit of coordinate
+        self._nominal: float  # their standard deviation as asked for
         if learn:
             self.frequencies = nn.Parameter(matrix)
         else:
@@ -109,7 +112,8 @@ class FourierFeatures(nn.Module):
             return f"coordinates must be near [-1, 1], got them up to {farthest:g} from 0{remedy}"
         if not len(self.frequencies):
             return ""
-        frequency = float(self.frequencies.double().square().mean().sqrt())
+        in_host = self.frequencies.device.type == "cpu"  # to read those of a GPU would wait for it
+        frequency = float(self.frequencies.double().square().mean().sqrt()) if in_host else self._nominal
         if extent * frequency < _LEAST_PERIODS:
             return f"coordinates must span a good part of [-1, 1], got {extent:g} in all{remedy}"
         some = torch.linspace(0, len(x) - 1, min(len(x), 256)).long()
