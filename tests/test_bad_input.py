@@ -97,7 +97,7 @@ OTHER_NAMES = {
     "content": ("config: expected keys and values", "config: unknown key"),
     "path": ("must be a readable", "cannot write"),
     "num_points": ("points must have at least",),
-    "out": ("another configuration",),
+    "out": ("another configuration", "cannot write"),
 }
 
 

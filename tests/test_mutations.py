@@ -23,6 +23,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import checkpoint
 from vamoh.cli import COMMANDS, main
 from vamoh.compat.config import load_reference_config

@@ -181,6 +181,7 @@ def test_public_names():
         "Reconstruction",
         "VaMoH",
         "__version__",
+        "collate",
         "grid_coords",
         "load",
         "load_config",

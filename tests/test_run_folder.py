@@ -22,6 +22,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+pytest.importorskip("tyro", reason="the command line needs tyro")
+
 from vamoh import checkpoint
 from vamoh._lock import locked
 from vamoh.cli import main
