@@ -258,7 +258,7 @@ void mix_panel(PointLikelihood::Kind kind, int64_t count, const float* outputs, 
                bool first, float* largest, float* mixed, float* best) {
   for (int64_t lane = 0; lane < points; lane += kLanes) {
     const V share = load(log_pi + lane), most = load(largest + lane), p = exp(share);
-    const Vi better = first ? Vi{} - 1 : !(share <= most) & (most == most);
+    const Vi better = first ? Vi{} - 1 : (~(share <= most)) & (most == most);
     store(largest + lane, better ? share : most);
     for (int64_t c = 0; c < count; ++c) {
       const int64_t at = c * kPanel + lane;
