@@ -37,6 +37,7 @@ MODEL = ModelConfig(
     latent_dim=2,
     components=2,
     frequencies=3,
+    centroids="points",
     encoder_centroids=(4,),
     encoder_neighbors=(3,),
     encoder_channels=(3,),

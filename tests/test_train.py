@@ -591,7 +591,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(Trainer, "step", step)
 
 
-def test_handlers_are_restored_and_a_second_signal_acts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handlers_are_restored_and_a_second_signal_acts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     train(with_train(steps=1), tmp_path / "a", progress=False)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before

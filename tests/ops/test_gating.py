@@ -367,7 +367,10 @@ def test_contract_of_torch_library(backend):
     arguments = encoded, net, first, log_p, mask, backend
     inputs = [first, log_p, *net.tensors()[1:]]
     expected, result = (torch.autograd.grad(f(*arguments).sum(), inputs) for f in (step, compiled))
-    assert all(map(torch.equal, result, expected))
+    for a, b in zip(result, expected, strict=True):
+        # A graph may lay out plain torch's factors otherwise, which rounds sums of at most 18 terms in another order:
+        # some 50 roundings of 6e-8, of terms a few times the largest result.
+        assert (a - b).abs().max() <= (1e-5 * b.abs().max() if backend == "reference" else 0)
 
 
 def test_there_is_no_second_derivative(backend):
