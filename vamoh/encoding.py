@@ -40,6 +40,8 @@ class FourierFeatures(nn.Module):
     are then part of the state.
     """
 
+    _nominal: float  # standard deviation of the frequencies as asked for
+
     def __init__(
         self, coord_dim: int, frequencies: int, scale: float, learn: bool, generator: torch.Generator | None = None
     ) -> None:
@@ -58,7 +60,6 @@ class FourierFeatures(nn.Module):
 
     def _fill(self, matrix: Tensor, learn: bool) -> None:
         self.frequencies: Tensor  # [E/2, D], cycles per unit of coordinate
-        self._nominal: float  # their standard deviation as asked for
         if learn:
             self.frequencies = nn.Parameter(matrix)
         else:
