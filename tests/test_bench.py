@@ -134,6 +134,7 @@ def tiny(likelihood: str = "logistic", pooling: bool = False) -> VaMoH:
         latent_dim=4,
         components=3,
         frequencies=8,
+        centroids="points",
         encoder_centroids=(20, 8),
         encoder_neighbors=(5, 4),
         encoder_channels=(4, 5),
