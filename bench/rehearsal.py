@@ -114,7 +114,7 @@ def _interpret(folder: Path) -> None:
     import triton.runtime.interpreter as interpreter
 
     from vamoh.kernels import _plan
-    from vamoh.ops import _backend
+    from vamoh.ops._op import all_ops
 
     patch = interpreter._patch_lang_tensor
 
@@ -129,7 +129,7 @@ def _interpret(folder: Path) -> None:
 
     interpreter._patch_lang_tensor = patch_index
     _plan.TUNED = folder
-    for known in _backend._REGISTRY.values():
-        for i, implementation in enumerate(known):
+    for op in all_ops():
+        for i, implementation in enumerate(op.implementations):
             if implementation.backend == "triton":
-                known[i] = replace(implementation, devices=("cpu",), unavailable=lambda: None)
+                op.implementations[i] = replace(implementation, devices=("cpu",), unavailable=lambda: None)

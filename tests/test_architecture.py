@@ -146,7 +146,7 @@ def ops_do_not_know_each_other(source: Source) -> Found:
         return
     for line, name in imports(source):
         if name.startswith("vamoh.ops") and [*name.split("."), ""][2] not in HELPER_FILES:
-            yield line, f"imports {name}: move what two ops share into a file of vamoh/ops that registers no op"
+            yield line, f"imports {name}: move what two ops share into a file of vamoh/ops that declares no op"
 
 
 def compiled_code_stays_behind_the_backend(source: Source) -> Found:
@@ -157,10 +157,10 @@ def compiled_code_stays_behind_the_backend(source: Source) -> Found:
             source.within("vamoh")
             and part_of(name) in ("_native", "kernels")
             and name.startswith("vamoh.")
-            and source.module != "vamoh.ops._backend"
+            and source.module != "vamoh.ops._native"
             and not source.within("vamoh.kernels")
         ):
-            yield line, f"imports {name}: load it lazily in vamoh/ops/_backend.py, so that vamoh works without it"
+            yield line, f"imports {name}: load it lazily in vamoh/ops/_native.py, so that vamoh works without it"
 
 
 def nothing_is_unpickled(source: Source) -> Found:
@@ -288,8 +288,8 @@ SOURCES = read_sources()
 
 
 def is_op(source: Source) -> bool:
-    """Whether a file registers an implementation."""
-    return any(isinstance(node, ast.Call) and last_name(node.func) == "register" for node in source.walk())
+    """Whether a file declares an op."""
+    return any(isinstance(node, ast.Call) and last_name(node.func) == "Op" for node in source.walk())
 
 
 OPS = {p.stem for p, s in SOURCES.items() if p.parent == Path("vamoh/ops") and p.stem[0] != "_" and is_op(s)}
@@ -342,8 +342,8 @@ GOOD: list[tuple[Rule, str, str]] = [
     (imports_only_what_it_may_know, "vamoh.generator", "from vamoh.likelihood import Likelihood"),
     (imports_only_what_it_may_know, "vamoh.__init__", "if TYPE_CHECKING:\n    from vamoh.model import VaMoH"),
     (imports_only_what_it_may_know, "vamoh.data.images", "from .dataset import Dataset\nfrom vamoh.points import a"),
-    (ops_do_not_know_each_other, "vamoh.ops.knn", "from vamoh.ops._backend import register"),
-    (compiled_code_stays_behind_the_backend, "vamoh.ops._backend", "import_module('vamoh._native')"),
+    (ops_do_not_know_each_other, "vamoh.ops.knn", "from vamoh.ops._op import Op"),
+    (compiled_code_stays_behind_the_backend, "vamoh.ops._native", "import_module('vamoh._native')"),
     (compiled_code_stays_behind_the_backend, "vamoh.kernels.knn", "from . import _common"),
     (nothing_is_unpickled, "vamoh.checkpoint", "torch.load(path, map_location='cpu', weights_only=True)"),
     (nothing_is_unpickled, "tests.test_checkpoint", "import pickle"),

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import vamoh
-from vamoh.ops._backend import native_unavailable
+from vamoh.ops._native import native_unavailable
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2]))"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vamoh._cache import ContentCache
 from vamoh._checks import check_type, may_look
 from vamoh._initial import linear_layer
-from vamoh.ops._backend import float32_under_autocast
+from vamoh.ops._autocast import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
 from vamoh.ops.linear import linear

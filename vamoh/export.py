@@ -21,7 +21,7 @@ from vamoh._files import write_file
 from vamoh.gating import uniform
 from vamoh.model import VaMoH
 from vamoh.ops import inr_mixture_mean
-from vamoh.ops._backend import plain_torch
+from vamoh.ops._op import plain_torch
 from vamoh.points import PointSet
 
 PARTS = ("encoder", "decoder")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vamoh._progress import Progress
 from vamoh.likelihood import Likelihood
-from vamoh.ops._backend import float32_under_autocast
+from vamoh.ops._autocast import float32_under_autocast
 from vamoh.ops.inr_mixture import (
     Inr,
     inr_mixture_expected_log_likelihood,

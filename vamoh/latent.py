@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vamoh.ops import CounterNoise
-from vamoh.ops._backend import float32_under_autocast
+from vamoh.ops._autocast import float32_under_autocast
 from vamoh.ops.planar_flow import (
     PlanarFlow,
     normal_log_prob,

@@ -1,15 +1,21 @@
 // The CUDA functions of all ops. Each returns the bytes of workspace it needs; with workspace 0 it does nothing else.
 #include "../cuda.h"
 
-#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 #include "../farthest_point_sample.h"
 #include "../knn.h"
-#include "../point_conv.h"
 #include "binding.h"
+#include "point_conv.h"
+
+template <>
+struct Passed<vamoh::CudaRun&> {
+  using type = std::tuple<Memory, Memory>;  // workspace and stream
+};
 
 namespace {
 
@@ -17,131 +23,44 @@ std::string explained(int error) {
   return std::string(vamoh::cuda_error_text(error)) + " (" + vamoh::cuda_error_name(error) + ")";
 }
 
-// Calls launch(run) and turns its error code into a RuntimeError.
-template <class Launch>
-int64_t launched(const char* op, uintptr_t workspace, uintptr_t stream, const Launch& launch) {
-  vamoh::CudaRun run{at<void>(workspace), 0, at<void>(stream)};
-  const py::gil_scoped_release unlocked;
-  const int error = launch(run);
-  if (error != 0)
-    throw std::runtime_error(std::string(op) + ": CUDA kernel could not be launched: " + explained(error));
-  return run.bytes;
+template <class A>
+decltype(auto) launch_argument(const passed<A>& argument, vamoh::CudaRun& run) {
+  if constexpr (std::is_same_v<A, vamoh::CudaRun&>) {
+    run.workspace = Passed<void*>::get(std::get<0>(argument));
+    run.stream = Passed<void*>::get(std::get<1>(argument));
+    return (run);
+  } else {
+    return Passed<A>::get(argument);
+  }
 }
 
-int64_t farthest_point_sample(uintptr_t coords, int64_t coords_step, uintptr_t mask, int64_t mask_step, uintptr_t out,
-                              int64_t batch, int64_t points, int64_t dims, int64_t samples, bool is_double,
-                              uintptr_t workspace, uintptr_t stream) {
-  return launched("farthest_point_sample", workspace, stream, [&](vamoh::CudaRun& run) {
-    const auto typed = [&](auto* typed_coords) {
-      return vamoh::farthest_point_sample_cuda(typed_coords, coords_step, at<const bool>(mask), mask_step,
-                                               at<int64_t>(out), batch, points, dims, samples, run);
-    };
-    return is_double ? typed(at<const double>(coords)) : typed(at<const float>(coords));
-  });
+template <class... A>
+auto native_cuda(const char* op, int (*launch)(A...)) {
+  return [op, launch](passed<A>... arguments) {
+    vamoh::CudaRun run{nullptr, 0, nullptr};
+    const py::gil_scoped_release unlocked;
+    const int error = launch(launch_argument<A>(arguments, run)...);
+    if (error != 0)
+      throw std::runtime_error(std::string(op) + ": CUDA kernel could not be launched: " + explained(error));
+    return run.bytes;
+  };
 }
 
-int64_t farthest_point_sample_by_table(uintptr_t coords, int64_t coords_step, uintptr_t table, int64_t table_size,
-                                       uintptr_t mask, int64_t mask_step, uintptr_t out, int64_t batch, int64_t points,
-                                       int64_t samples, bool is_double, uintptr_t workspace, uintptr_t stream) {
-  return launched("farthest_point_sample", workspace, stream, [&](vamoh::CudaRun& run) {
-    const auto typed = [&](auto* typed_table) {
-      return vamoh::farthest_point_sample_by_table_cuda(at<const int64_t>(coords), coords_step, typed_table, table_size,
-                                                        at<const bool>(mask), mask_step, at<int64_t>(out), batch,
-                                                        points, samples, run);
-    };
-    return is_double ? typed(at<const double>(table)) : typed(at<const float>(table));
-  });
-}
-
-int64_t knn(uintptr_t points, int64_t points_step, uintptr_t queries, int64_t queries_step, uintptr_t mask,
-            int64_t mask_step, uintptr_t out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
-            int64_t neighbors, bool is_double, uintptr_t workspace, uintptr_t stream) {
-  return launched("knn", workspace, stream, [&](vamoh::CudaRun& run) {
-    const auto typed = [&](auto* typed_points, auto* typed_queries) {
-      return vamoh::knn_cuda(typed_points, points_step, typed_queries, queries_step, at<const bool>(mask), mask_step,
-                             at<int64_t>(out), batch, count, num_queries, dims, neighbors, run);
-    };
-    return is_double ? typed(at<const double>(points), at<const double>(queries))
-                     : typed(at<const float>(points), at<const float>(queries));
-  });
-}
-
-int64_t knn_by_table(uintptr_t points, int64_t points_step, uintptr_t queries, int64_t queries_step, uintptr_t table,
-                     int64_t table_size, uintptr_t mask, int64_t mask_step, uintptr_t out, int64_t batch, int64_t count,
-                     int64_t num_queries, int64_t neighbors, bool is_double, uintptr_t workspace, uintptr_t stream) {
-  return launched("knn", workspace, stream, [&](vamoh::CudaRun& run) {
-    const auto typed = [&](auto* typed_table) {
-      return vamoh::knn_by_table_cuda(at<const int64_t>(points), points_step, at<const int64_t>(queries), queries_step,
-                                      typed_table, table_size, at<const bool>(mask), mask_step, at<int64_t>(out), batch,
-                                      count, num_queries, neighbors, run);
-    };
-    return is_double ? typed(at<const double>(table)) : typed(at<const float>(table));
-  });
-}
-
-using Numbers7 = std::array<int64_t, 7>;
-
-vamoh::PointConvSizes point_conv_sizes(const Numbers7& s, bool shared) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], shared};
-}
-
-int64_t point_conv(uintptr_t features, uintptr_t neighbors, uintptr_t weights, uintptr_t linear_weight,
-                   uintptr_t linear_bias, uintptr_t out, Numbers7 sizes, bool shared, float slope, uintptr_t workspace,
-                   uintptr_t stream) {
-  return launched("point_conv", workspace, stream, [&](vamoh::CudaRun& run) {
-    return vamoh::point_conv_cuda({at<const float>(features), at<const int64_t>(neighbors), at<const float>(weights),
-                                   at<const float>(linear_weight), at<const float>(linear_bias)},
-                                  at<float>(out), point_conv_sizes(sizes, shared), slope, run);
-  });
-}
-
-// grad_features 0: not wanted.
-int64_t point_conv_backward(uintptr_t grad, uintptr_t out, uintptr_t features, uintptr_t neighbors, uintptr_t weights,
-                            uintptr_t linear_weight, uintptr_t grad_features, uintptr_t grad_weights,
-                            uintptr_t grad_linear_weight, uintptr_t grad_linear_bias, Numbers7 sizes, bool shared,
-                            float slope, uintptr_t workspace, uintptr_t stream) {
-  return launched("point_conv_backward", workspace, stream, [&](vamoh::CudaRun& run) {
-    return vamoh::point_conv_backward_cuda(
-        at<const float>(grad), at<const float>(out),
-        {at<const float>(features), at<const int64_t>(neighbors), at<const float>(weights),
-         at<const float>(linear_weight), nullptr},
-        {at<float>(grad_features), at<float>(grad_weights), at<float>(grad_linear_weight), at<float>(grad_linear_bias)},
-        point_conv_sizes(sizes, shared), slope, run);
-  });
-}
-
-int64_t neighbor_mean(uintptr_t source, uintptr_t neighbors, uintptr_t out, Numbers7 sizes, bool shared, bool backward,
-                      uintptr_t workspace, uintptr_t stream) {
-  return launched("neighbor_mean", workspace, stream, [&](vamoh::CudaRun& run) {
-    return (backward ? vamoh::neighbor_mean_backward_cuda : vamoh::neighbor_mean_cuda)(
-        at<const float>(source), at<const int64_t>(neighbors), at<float>(out), point_conv_sizes(sizes, shared), run);
-  });
-}
-
-using Numbers5 = std::array<int64_t, 5>;
-
-vamoh::DifferenceSizes difference_sizes(const Numbers5& s, bool table_shared, bool index_shared) {
-  return {s[0], s[1], s[2], s[3], s[4], table_shared, index_shared};
-}
-
-int64_t neighbor_difference(uintptr_t table, uintptr_t neighbors, uintptr_t centroids, uintptr_t bias, uintptr_t out,
-                            Numbers5 sizes, bool table_shared, bool index_shared, uintptr_t workspace,
-                            uintptr_t stream) {
-  return launched("neighbor_difference", workspace, stream, [&](vamoh::CudaRun& run) {
-    return vamoh::neighbor_difference_cuda(at<const float>(table), at<const int64_t>(neighbors),
-                                           at<const int64_t>(centroids), at<const float>(bias), at<float>(out),
-                                           difference_sizes(sizes, table_shared, index_shared), run);
-  });
-}
-
-int64_t neighbor_difference_backward(uintptr_t grad, uintptr_t neighbors, uintptr_t centroids, uintptr_t grad_table,
-                                     uintptr_t grad_bias, Numbers5 sizes, bool table_shared, bool index_shared,
-                                     uintptr_t workspace, uintptr_t stream) {
-  return launched("neighbor_difference_backward", workspace, stream, [&](vamoh::CudaRun& run) {
-    return vamoh::neighbor_difference_backward_cuda(
-        at<const float>(grad), at<const int64_t>(neighbors), at<const int64_t>(centroids), at<float>(grad_table),
-        at<float>(grad_bias), difference_sizes(sizes, table_shared, index_shared), run);
-  });
+template <class T>
+void bind_indices(py::module_& m, const std::string& dtype) {
+  m.def(("farthest_point_sample_" + dtype + "_cuda").c_str(),
+        native_cuda("farthest_point_sample", &vamoh::farthest_point_sample_cuda<T>), py::kw_only(), "coords"_a,
+        "coords_step"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "points"_a, "dims"_a, "samples"_a, "run"_a);
+  m.def(("farthest_point_sample_by_table_" + dtype + "_cuda").c_str(),
+        native_cuda("farthest_point_sample", &vamoh::farthest_point_sample_by_table_cuda<T>), py::kw_only(),
+        "coords"_a, "coords_step"_a, "table"_a, "table_size"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "points"_a,
+        "samples"_a, "run"_a);
+  m.def(("knn_" + dtype + "_cuda").c_str(), native_cuda("knn", &vamoh::knn_cuda<T>), py::kw_only(), "points"_a,
+        "points_step"_a, "queries"_a, "queries_step"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "count"_a,
+        "num_queries"_a, "dims"_a, "neighbors"_a, "run"_a);
+  m.def(("knn_by_table_" + dtype + "_cuda").c_str(), native_cuda("knn", &vamoh::knn_by_table_cuda<T>), py::kw_only(),
+        "points"_a, "points_step"_a, "queries"_a, "queries_step"_a, "table"_a, "table_size"_a, "mask"_a, "mask_step"_a,
+        "out"_a, "batch"_a, "count"_a, "num_queries"_a, "neighbors"_a, "run"_a);
 }
 
 }  // namespace
@@ -151,34 +70,19 @@ void bind_cuda(py::module_& m) {
     const int error = vamoh::cuda_devices();
     return error == 0 ? std::string() : explained(error);
   });
-  m.def("farthest_point_sample_cuda", &farthest_point_sample, py::kw_only(), py::arg("coords"), py::arg("coords_step"),
-        py::arg("mask"), py::arg("mask_step"), py::arg("out"), py::arg("batch"), py::arg("points"), py::arg("dims"),
-        py::arg("samples"), py::arg("is_double"), py::arg("workspace"), py::arg("stream"));
-  m.def("farthest_point_sample_by_table_cuda", &farthest_point_sample_by_table, py::kw_only(), py::arg("coords"),
-        py::arg("coords_step"), py::arg("table"), py::arg("table_size"), py::arg("mask"), py::arg("mask_step"),
-        py::arg("out"), py::arg("batch"), py::arg("points"), py::arg("samples"), py::arg("is_double"),
-        py::arg("workspace"), py::arg("stream"));
-  m.def("knn_by_table_cuda", &knn_by_table, py::kw_only(), py::arg("points"), py::arg("points_step"),
-        py::arg("queries"), py::arg("queries_step"), py::arg("table"), py::arg("table_size"), py::arg("mask"),
-        py::arg("mask_step"), py::arg("out"), py::arg("batch"), py::arg("count"), py::arg("num_queries"),
-        py::arg("neighbors"), py::arg("is_double"), py::arg("workspace"), py::arg("stream"));
-  m.def("knn_cuda", &knn, py::kw_only(), py::arg("points"), py::arg("points_step"), py::arg("queries"),
-        py::arg("queries_step"), py::arg("mask"), py::arg("mask_step"), py::arg("out"), py::arg("batch"),
-        py::arg("count"), py::arg("num_queries"), py::arg("dims"), py::arg("neighbors"), py::arg("is_double"),
-        py::arg("workspace"), py::arg("stream"));
-  m.def("point_conv_cuda", &point_conv, py::kw_only(), py::arg("features"), py::arg("neighbors"), py::arg("weights"),
-        py::arg("linear_weight"), py::arg("linear_bias"), py::arg("out"), py::arg("sizes"), py::arg("shared"),
-        py::arg("slope"), py::arg("workspace"), py::arg("stream"));
-  m.def("point_conv_backward_cuda", &point_conv_backward, py::kw_only(), py::arg("grad"), py::arg("out"),
-        py::arg("features"), py::arg("neighbors"), py::arg("weights"), py::arg("linear_weight"),
-        py::arg("grad_features"), py::arg("grad_weights"), py::arg("grad_linear_weight"), py::arg("grad_linear_bias"),
-        py::arg("sizes"), py::arg("shared"), py::arg("slope"), py::arg("workspace"), py::arg("stream"));
-  m.def("neighbor_mean_cuda", &neighbor_mean, py::kw_only(), py::arg("source"), py::arg("neighbors"), py::arg("out"),
-        py::arg("sizes"), py::arg("shared"), py::arg("backward"), py::arg("workspace"), py::arg("stream"));
-  m.def("neighbor_difference_cuda", &neighbor_difference, py::kw_only(), py::arg("table"), py::arg("neighbors"),
-        py::arg("centroids"), py::arg("bias"), py::arg("out"), py::arg("sizes"), py::arg("table_shared"),
-        py::arg("index_shared"), py::arg("workspace"), py::arg("stream"));
-  m.def("neighbor_difference_backward_cuda", &neighbor_difference_backward, py::kw_only(), py::arg("grad"),
-        py::arg("neighbors"), py::arg("centroids"), py::arg("grad_table"), py::arg("grad_bias"), py::arg("sizes"),
-        py::arg("table_shared"), py::arg("index_shared"), py::arg("workspace"), py::arg("stream"));
+  bind_indices<float>(m, "float32");
+  bind_indices<double>(m, "float64");
+  m.def("point_conv_cuda", native_cuda("point_conv", &vamoh::point_conv_cuda), py::kw_only(), "inputs"_a, "out"_a,
+        "sizes"_a, "slope"_a, "run"_a);
+  m.def("point_conv_backward_cuda", native_cuda("point_conv_backward", &vamoh::point_conv_backward_cuda), py::kw_only(),
+        "grad"_a, "out"_a, "inputs"_a, "gradients"_a, "sizes"_a, "slope"_a, "run"_a);
+  m.def("neighbor_mean_cuda", native_cuda("neighbor_mean", &vamoh::neighbor_mean_cuda), py::kw_only(), "features"_a,
+        "neighbors"_a, "out"_a, "sizes"_a, "run"_a);
+  m.def("neighbor_mean_backward_cuda", native_cuda("neighbor_mean_backward", &vamoh::neighbor_mean_backward_cuda),
+        py::kw_only(), "grad"_a, "neighbors"_a, "grad_features"_a, "sizes"_a, "run"_a);
+  m.def("neighbor_difference_cuda", native_cuda("neighbor_difference", &vamoh::neighbor_difference_cuda), py::kw_only(),
+        "table"_a, "neighbors"_a, "centroids"_a, "bias"_a, "out"_a, "sizes"_a, "run"_a);
+  m.def("neighbor_difference_backward_cuda",
+        native_cuda("neighbor_difference_backward", &vamoh::neighbor_difference_backward_cuda), py::kw_only(), "grad"_a,
+        "neighbors"_a, "centroids"_a, "grad_table"_a, "grad_bias"_a, "sizes"_a, "run"_a);
 }

@@ -5,13 +5,14 @@ Triton reads TRITON_INTERPRET when it is imported, which any test may cause: tes
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 
 import pytest
 import torch
 
-from vamoh.ops import _backend
+from vamoh.ops._op import all_ops
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,10 @@ def device(request, monkeypatch, quick_interpreter) -> str:
     if request.param == "cpu":
         if "TRITON_INTERPRET" not in os.environ:
             pytest.skip("kernels are compiled in this process: there is a CUDA device")
-        float32 = (torch.float32,)
-        for op in request.module.OPS:
-            triton = _backend.Implementation("triton", ("cpu",), float32, lambda: None)
-            monkeypatch.setitem(_backend._REGISTRY, op, [triton, *_backend._REGISTRY[op][1:]])
+        for op in all_ops():
+            if op.name in request.module.OPS:
+                triton, *others = op.implementations
+                here = dataclasses.replace(triton, devices=("cpu",), unavailable=lambda: None)
+                monkeypatch.setattr(op, "implementations", [here, *others])
+                monkeypatch.setattr(op, "_chosen", {})
     return request.param

@@ -16,13 +16,13 @@ from tests.precision import near, operations
 from vamoh.kernels.inr_mixture_plan import PRECISIONS, refusal
 from vamoh.layout import packed_size
 from vamoh.ops import (
-    _backend,
     inr_mixture,
     inr_mixture_expected_log_likelihood,
     inr_mixture_log_likelihood,
     inr_mixture_mean,
     status,
 )
+from vamoh.ops._native import triton_unavailable
 from vamoh.ops.inr_mixture import Inr, inr_mixture_mean_reference, inr_mixture_reference
 from vamoh.ops.likelihood import Likelihood
 
@@ -368,7 +368,7 @@ def test_unknown_precision(monkeypatch, device):
 
 
 def test_status_says_why_it_cannot_run(monkeypatch, device):
-    _backend.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
     monkeypatch.undo()
     rows = {row.op: row for row in status().rows if row.backend == "triton"}
     assert set(OPS) <= set(rows)

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vamoh.ops import _backend
-from vamoh.ops._backend import native, native_unavailable
+from vamoh.ops import _native
+from vamoh.ops._native import native, native_unavailable
+from vamoh.ops._op import all_ops, forget_choices
 
 ROOT = Path(__file__).parents[2]
 ON_HOST = ROOT / "tests" / "ops" / "cuda_on_host"
@@ -192,20 +193,27 @@ def cuda_on_host_module(build_on_host: Callable[..., Path], tmp_path_factory: py
 
 
 @pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    """Let a test change what is available here."""
+    forget_choices()
+    yield
+    forget_choices()
+
+
+@pytest.fixture
 def cuda_on_host(cuda_on_host_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let the backend "cuda" take CPU tensors and run its kernels on the host, threads in random order."""
     cuda_on_host_module.set_seed(2)
     both = ModuleType("both")
     for module in (native(), cuda_on_host_module):
         both.__dict__.update(vars(module) if module else {})
-    registry = {
-        op: [
+    for op in all_ops():
+        here = [
             dataclasses.replace(i, devices=("cpu",), unavailable=lambda: None) if i.backend == "cuda" else i
-            for i in all
+            for i in op.implementations
         ]
-        for op, all in _backend._REGISTRY.items()
-    }
-    monkeypatch.setattr(_backend, "_load", lambda: (both, None))
-    monkeypatch.setattr(_backend, "_current_stream", lambda device: contextlib.nullcontext(0))
-    monkeypatch.setattr(_backend, "_REGISTRY", registry)
+        monkeypatch.setattr(op, "implementations", here)
+        monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(_native, "_load", lambda: (both, None))
+    monkeypatch.setattr(_native, "_current_stream", lambda device: contextlib.nullcontext(0))
     return "cuda"

@@ -7,31 +7,46 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vamoh.ops import _backend, farthest_point_sample, knn, status
+from vamoh.ops import _native, _op, _status, farthest_point_sample, knn, status
+from vamoh.ops._op import Implementation, Op
 
 CPU = torch.device("cpu")
 
 
+def op_of(name: str, *implementations: Implementation) -> Op:
+    """An op that torch does not know, with these implementations."""
+    op = Op.__new__(Op)
+    op.name, op.implementations, op._chosen = name, list(implementations), {}
+    return op
+
+
+def backend(name: str, **limits: object) -> Implementation:
+    return Implementation(name, lambda: None, **limits)
+
+
 @pytest.fixture
-def registry(monkeypatch):
+def toy(monkeypatch, fresh_choice) -> Op:
     """One op "toy": "fast" takes float32 on the CPU, "broken" is never there, "reference" takes all."""
-    monkeypatch.setattr(_backend, "_REGISTRY", {})
     monkeypatch.delenv("VAMOH_BACKEND", raising=False)
-    _backend.register("toy", "broken", unavailable=lambda: "it is broken")
-    _backend.register("toy", "fast", devices=["cpu"], dtypes=[torch.float32])
-    _backend.register("toy", "reference")
+    broken = backend("broken", unavailable=lambda: "it is broken")
+    toy = op_of("toy", broken, backend("fast", devices=("cpu",), dtypes=(torch.float32,)), backend("reference"))
+    monkeypatch.setattr(_op, "OPS", {"toy": toy})
+    return toy
 
 
-def test_automatic_choice_takes_the_first_that_fits(registry):
-    assert _backend.resolve("toy", CPU, torch.float32) == "fast"
-    assert _backend.resolve("toy", CPU, torch.float64) == "reference"
-    assert _backend.resolve("toy", torch.device("meta"), torch.float32) == "reference"
+def test_automatic_choice_takes_the_first_that_fits(toy):
+    assert toy.choose(CPU, torch.float32).backend == "fast"
+    assert toy.choose(CPU, torch.float64).backend == "reference"
+    assert toy.choose(torch.device("meta"), torch.float32).backend == "reference"
 
 
-def test_argument_beats_environment(registry, monkeypatch):
+def test_argument_beats_environment(toy, monkeypatch):
+    assert toy.choose(CPU, torch.float32).backend == "fast"
     monkeypatch.setenv("VAMOH_BACKEND", "reference")
-    assert _backend.resolve("toy", CPU, torch.float32) == "reference"
-    assert _backend.resolve("toy", CPU, torch.float32, "fast") == "fast"
+    assert toy.choose(CPU, torch.float32).backend == "reference"
+    assert toy.choose(CPU, torch.float32, "fast").backend == "fast"
+    monkeypatch.setenv("VAMOH_BACKEND", "")
+    assert toy.choose(CPU, torch.float32).backend == "fast"
 
 
 @pytest.mark.parametrize(
@@ -43,21 +58,27 @@ def test_argument_beats_environment(registry, monkeypatch):
         ("slow", "cpu", torch.float32, ValueError, "toy: backend must be one of broken, fast, reference, got 'slow'"),
     ],
 )
-def test_explicit_choice_never_falls_back(registry, monkeypatch, backend, device, dtype, error, message):
-    with pytest.raises(error, match=message):
-        _backend.resolve("toy", torch.device(device), dtype, backend)
+def test_explicit_choice_never_falls_back(toy, monkeypatch, backend, device, dtype, error, message):
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            toy.choose(torch.device(device), dtype, backend)
     monkeypatch.setenv("VAMOH_BACKEND", backend)
     with pytest.raises(error, match=r"\(from VAMOH_BACKEND\)"):
-        _backend.resolve("toy", torch.device(device), dtype)
+        toy.choose(torch.device(device), dtype)
 
 
-def test_refusal_goes_to_the_next_or_is_an_error(registry):
-    def refusal(backend: str) -> str | None:
-        return "takes red, got blue" if backend == "fast" else None
+def test_refusal_goes_to_the_next_or_is_an_error(toy):
+    """It depends on the arguments, so that it is asked in every call."""
 
-    assert _backend.resolve("toy", CPU, torch.float32, refusal=refusal) == "reference"
-    with pytest.raises(ValueError, match="toy: backend 'fast' takes red, got blue"):
-        _backend.resolve("toy", CPU, torch.float32, "fast", refusal)
+    def refusal(colour: str) -> str | None:
+        return f"takes red, got {colour}" if colour != "red" else None
+
+    toy.implementations.insert(0, backend("picky", devices=("cpu",), refusal=refusal))
+    for colour, chosen in (("red", "picky"), ("blue", "fast"), ("red", "picky")):
+        assert toy.choose(CPU, torch.float32, arguments=[colour]).backend == chosen
+    assert toy.choose(CPU, torch.float32, "picky", ["red"]).backend == "picky"
+    with pytest.raises(ValueError, match="toy: backend 'picky' takes red, got blue"):
+        toy.choose(CPU, torch.float32, "picky", ["blue"])
 
 
 @pytest.mark.parametrize(
@@ -70,12 +91,12 @@ def test_refusal_goes_to_the_next_or_is_an_error(registry):
     ],
 )
 def test_why_triton_cannot_run(monkeypatch, found, version, capability, reason):
-    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(_backend, "triton_kernels", lambda name: None)
-    assert _backend.triton_unavailable.__wrapped__() == reason
+    monkeypatch.setattr(_native, "triton_kernels", lambda name: None)
+    assert _native.triton_unavailable.__wrapped__() == reason
 
 
 def test_kernels_that_cannot_be_imported_are_noticed(monkeypatch):
@@ -84,17 +105,17 @@ def test_kernels_that_cannot_be_imported_are_noticed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert _backend.triton_unavailable.__wrapped__() is None
+    assert _native.triton_unavailable.__wrapped__() is None
     for name in [m for m in sys.modules if m.startswith("vamoh.kernels")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "vamoh.kernels", None)
-    reason = _backend.triton_unavailable.__wrapped__()
+    reason = _native.triton_unavailable.__wrapped__()
     assert reason.startswith("vamoh.kernels cannot be imported (") and "install vamoh with pip" in reason
 
 
-def test_status_of_triton(registry, monkeypatch):
+def test_status_of_triton(toy, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(_backend, "triton_unavailable", lambda: None)
+    monkeypatch.setattr(_status, "triton_unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("VAMOH_TRITON_PRECISION", "bf16")
@@ -104,8 +125,8 @@ def test_status_of_triton(registry, monkeypatch):
     assert "triton\n  version" in str(report)
 
 
-def test_status_rows_and_table(registry, monkeypatch):
-    monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
+def test_status_rows_and_table(toy, monkeypatch):
+    monkeypatch.setattr(_native, "_load", lambda: (None, "not built"))
     report = status()
     assert [(r.backend, r.available, r.reason) for r in report.rows] == [
         ("broken", False, "it is broken"),
@@ -122,12 +143,12 @@ def test_status_rows_and_table(registry, monkeypatch):
     assert str(report).endswith("not built")
 
 
-def test_status_says_what_each_backend_serves(registry, monkeypatch):
-    """The same as `resolve` chooses; beyond the limits of one backend the next serves."""
-    float32 = [torch.float32]
-    _backend.register("net", "quick", devices=["cuda"], dtypes=float32, limits="at most 64 channels")
-    _backend.register("net", "fast", devices=["cpu", "cuda"], dtypes=float32)
-    _backend.register("net", "reference")
+def test_status_says_what_each_backend_serves(toy, monkeypatch):
+    """The same as `choose` takes; beyond the limits of one backend the next serves."""
+    float32 = (torch.float32,)
+    quick = backend("quick", devices=("cuda",), dtypes=float32, limits="at most 64 channels")
+    net = op_of("net", quick, backend("fast", devices=("cpu", "cuda"), dtypes=float32), backend("reference"))
+    monkeypatch.setitem(_op.OPS, "net", net)
     for found in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
         rows = {row.backend: row for row in status().rows if row.op == "net"}
@@ -139,15 +160,15 @@ def test_status_says_what_each_backend_serves(registry, monkeypatch):
         for row in rows.values():
             for served in row.serves:
                 dtype, _, device = served.removesuffix(" (rest)").split()
-                chosen = _backend.resolve("net", torch.device(device), getattr(torch, dtype))
-                assert served.endswith("(rest)") or chosen == row.backend
+                chosen = net.choose(torch.device(device), getattr(torch, dtype))
+                assert served.endswith("(rest)") or chosen.backend == row.backend
 
 
 def test_status_of_the_package():
     rows = {(r.op, r.backend): r for r in status().rows}
     for op in ("farthest_point_sample", "knn"):
         assert rows[op, "reference"].available
-        assert rows[op, "cpu"].available == (_backend.native_unavailable() is None)
+        assert rows[op, "cpu"].available == (_native.native_unavailable() is None)
 
 
 def test_build_facts(isas):
@@ -159,8 +180,8 @@ def test_build_facts(isas):
     assert build["isa"].split()[0] in isas
 
 
-def test_without_the_native_module(monkeypatch):
-    monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
+def test_without_the_native_module(monkeypatch, fresh_choice):
+    monkeypatch.setattr(_native, "_load", lambda: (None, "not built"))
     coords = torch.rand(9, 2)
     assert torch.equal(farthest_point_sample(coords, 3), farthest_point_sample(coords, 3, backend="reference"))
     with pytest.raises(RuntimeError, match="knn: backend 'cpu' is not available: not built"):
@@ -168,12 +189,12 @@ def test_without_the_native_module(monkeypatch):
 
 
 def test_module_of_another_version_is_refused(monkeypatch, isas):
-    monkeypatch.setattr(_backend, "__version__", "0.0.0")
-    _backend._load.cache_clear()
+    monkeypatch.setattr(_native, "__version__", "0.0.0")
+    _native._load.cache_clear()
     try:
-        assert "not 0.0.0; reinstall vamoh" in str(_backend.native_unavailable())
+        assert "not 0.0.0; reinstall vamoh" in str(_native.native_unavailable())
     finally:
-        _backend._load.cache_clear()
+        _native._load.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ["sse9", "AVX2"])
@@ -183,22 +204,22 @@ def test_unknown_isa(isas, monkeypatch, isa):
         knn(torch.zeros(3, 2), torch.zeros(1, 2), 1, backend="cpu")
 
 
-def test_isa_that_this_cpu_lacks(isas, monkeypatch):
+def test_isa_that_this_cpu_lacks(isas, monkeypatch, fresh_choice):
     class OldMachine:
         supported_isas = staticmethod(lambda: ["portable"])
 
-    monkeypatch.setattr(_backend, "_load", lambda: (OldMachine, None))
-    assert _backend.native_isa() == "portable"
+    monkeypatch.setattr(_native, "_load", lambda: (OldMachine, None))
+    assert _native.native_isa() == "portable"
     monkeypatch.setenv("VAMOH_ISA", "avx512")
     with pytest.raises(ValueError, match="VAMOH_ISA must be one of portable on this machine, got 'avx512'"):
-        _backend.native_isa()
+        _native.native_isa()
 
 
 def test_native_module_refuses_an_unsupported_isa(isas):
     with pytest.raises(ValueError, match="unsupported instruction set neon"):
-        _backend.native().knn(
-            points=0, points_step=0, queries=0, queries_step=0, mask=0, mask_step=0, out=0, batch=0, count=0,
-            num_queries=0, dims=0, neighbors=0, is_double=False, threads=1, isa="neon",
+        _native.native().knn_float32(
+            points=None, points_step=0, queries=None, queries_step=0, mask=None, mask_step=0, out=None, batch=0,
+            count=0, num_queries=0, dims=0, neighbors=0, threads=1, isa="neon",
         )  # fmt: skip
 
 

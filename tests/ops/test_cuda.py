@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vamoh._checks import trusted
 from vamoh.ops import farthest_point_sample, knn, neighbor_difference, neighbor_mean, point_conv, status
-from vamoh.ops._backend import cuda_unavailable, native
+from vamoh.ops._native import cuda_unavailable, native
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -233,12 +233,11 @@ def test_launch_without_a_device_says_so(built):
     assert {row.reason for row in status().rows if row.backend == "cuda"} == {"torch finds no CUDA device"}
     assert re.search(r"\(cudaError\w+\)$", native().cuda_problem())
     sizes = ("points_step", "queries_step", "mask_step", "batch", "count", "num_queries", "dims", "neighbors")
-    pointers = ("points", "queries", "mask", "out", "stream")
-    arguments = {**dict.fromkeys(sizes, 1), **dict.fromkeys(pointers, 0), "is_double": False}
-    launch = native().knn_cuda
-    assert launch(**arguments, workspace=0) > 0
+    arguments = {**dict.fromkeys(sizes, 1), **dict.fromkeys(("points", "queries", "mask", "out"), 0)}
+    launch = native().knn_float32_cuda
+    assert launch(**arguments, run=(0, 0)) > 0
     with pytest.raises(RuntimeError, match=r"knn: CUDA kernel could not be launched: .*\(cudaError\w+\)"):
-        launch(**arguments, workspace=256)
+        launch(**arguments, run=(256, 0))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +251,7 @@ def test_launch_without_a_device_says_so(built):
 )
 def test_why_cuda_is_not_available(monkeypatch, cuda, problem, capability, reason):
     module = SimpleNamespace(cuda=cuda, cuda_problem=lambda: problem)
-    monkeypatch.setattr("vamoh.ops._backend._load", lambda: (module, None))
+    monkeypatch.setattr("vamoh.ops._native._load", lambda: (module, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), capability][i])

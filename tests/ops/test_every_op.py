@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from vamoh import ops
 from vamoh.layout import packed_size
 from vamoh.ops import CounterNoise
-from vamoh.ops._backend import _REGISTRY
+from vamoh.ops._op import OPS, all_ops, plain_torch
 from vamoh.ops.inr_mixture import Inr
 from vamoh.ops.likelihood import KINDS, Likelihood
 from vamoh.ops.planar_flow import PlanarFlow
@@ -150,8 +152,7 @@ def results(call: Call, device: str, dtype: torch.dtype) -> list[Tensor]:
     """What the op returns, and the gradients of a weighted sum of it, on the CPU."""
     tensors = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in call.tensors]
     leaves = [tensors[i].requires_grad_() for i in call.leaves]
-    out = call.run(*tensors)
-    out = [out] if isinstance(out, Tensor) else list(out)
+    out = flat(call.run(*tensors))
     if leaves:
         total = sum(((o * draw(*o.shape, seed=3).to(o)).sum() for o in out if o.is_floating_point()), out[0].sum() * 0)
         out += torch.autograd.grad(total, leaves)
@@ -160,7 +161,7 @@ def results(call: Call, device: str, dtype: torch.dtype) -> list[Tensor]:
 
 @DEVICES
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("op", sorted(_REGISTRY))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_matches_float64(
     op: str, size: str, device: str, precision: str, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,12 +182,132 @@ def test_matches_float64(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", sorted(_REGISTRY))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_the_same_bits_twice(op: str) -> None:
     for call in calls(SIZES["tiles"]):
         if call.op == op:
             first, second = (results(call, "cuda", torch.float32) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the ops of vamoh that run, and their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "vamoh":
+            self.seen.append((func, tree_map_only(Tensor, lambda t: t.detach().clone(), args)))
+        return func(*args, **(kwargs or {}))
+
+
+def asks_gradients(arguments: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.clone().requires_grad_(t.is_floating_point()), arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_contract_of_torch_library(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake and derivative of everything that runs, for the backend chosen and for the reference."""
+    torch.use_deterministic_algorithms(False)
+    recorder = Recorder()
+    for backend in ("", "reference"):
+        monkeypatch.setenv("VAMOH_BACKEND", backend)
+        with recorder:
+            for call in calls(SIZES["odd"]):
+                if call.op == op:
+                    results(call, "cpu", torch.float32)
+        ran = {func for func, _ in recorder.seen}
+        known = {node for each in all_ops() if each.name == op for node in (each.node, each.alone)}
+        assert ran <= known
+        for func, arguments in {str(func): (func, arguments) for func, arguments in recorder.seen}.values():
+            torch.library.opcheck(func, arguments)
+            if func is OPS[op].alone is not OPS[op].node:
+                torch.library.opcheck(OPS[op].node, asks_gradients(arguments))
+        recorder.seen.clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_compiled_is_the_same(op: str) -> None:
+    """In one graph, with its derivative; only the size of a sample of masked points breaks it."""
+    for call in calls(SIZES["odd"]):
+        if call.op != op:
+            continue
+        torch._dynamo.reset()
+        whole = op != "farthest_point_sample" or len(call.tensors) == 1
+        compiled = call._replace(run=torch.compile(call.run, fullgraph=whole, backend="aot_eager"))
+        for a, b in zip(*(results(c, "cpu", torch.float32) for c in (compiled, call)), strict=True):
+            assert torch.equal(a, b)
+
+
+DECODER = {"fourier_features", "gating", "gating_coords", "linear", "inr_mixture", "inr_mixture_mean"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_exported_runs_without_vamoh(op: str) -> None:
+    """An op is one node, for which plain torch stands in where a decoder may hold it."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Any:
+            return call.run(*tensors)
+
+    for call in calls(SIZES["odd"]):
+        if call.op != op or (op == "farthest_point_sample" and len(call.tensors) > 1):
+            continue
+        with torch.no_grad():
+            program = torch.export.export(Module(), tuple(call.tensors))
+            nodes = {str(node.target) for node in program.graph.nodes}
+            assert f"vamoh.{op}.default" in nodes
+            if op not in DECODER:
+                continue
+            plain = program.run_decompositions(plain_torch())
+            assert not any("vamoh" in str(node.target) for node in plain.graph.nodes)
+            for a, b in zip(*(flat(f(*call.tensors)) for f in (plain.module(), call.run)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"linear", "farthest_point_sample", "knn"}))
+def test_float32_under_autocast(op: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision is cast to float32, also in a backward inside autocast, and refused where autocast is off."""
+    monkeypatch.setenv("VAMOH_BACKEND", backend)
+    for call in calls(SIZES["odd"]):
+        if call.op != op:
+            continue
+        half = call._replace(tensors=[t.bfloat16() if t.is_floating_point() else t for t in call.tensors])
+        expected = results(half, "cpu", torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = results(half, "cpu", torch.bfloat16)
+            again = results(half, "cpu", torch.float32)
+        outputs = len(expected) - len(call.leaves)
+        for i, (a, b, c) in enumerate(zip(found, again, expected, strict=True)):
+            assert torch.equal(b, c) and a.dtype == (c.dtype if i < outputs else torch.bfloat16)
+            assert torch.equal(a, c.to(a.dtype))
+        if any(t.is_floating_point() for t in call.tensors):
+            with pytest.raises(TypeError, match="must have dtype"):
+                call.run(*half.tensors)
+
+
+@pytest.mark.parametrize("op", ["inr_mixture_expected_log_likelihood", "planar_flow_expected_log_prob"])
+def test_gradients_that_nobody_asked_for_are_not_made(op: str) -> None:
+    """Of an output that is not used, such as the gradients that wait for their derivative: not even zeros."""
+    torch.use_deterministic_algorithms(False)
+    for call in (call for call in calls(SIZES["tiles"]) if call.op == op):
+        tensors = [t.clone().requires_grad_() if i in call.leaves[:2] else t for i, t in enumerate(call.tensors)]
+        value = flat(call.run(*tensors))[0]
+        grad = torch.ones_like(value)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(value, [tensors[i] for i in call.leaves[:2]], grad)
+        names = {event.name for event in profile.events()}
+        assert "aten::mul" in names and not {"aten::zeros", "aten::zero_", "aten::fill_"} & names
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def test_no_backend_is_forced() -> None:

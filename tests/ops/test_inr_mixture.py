@@ -21,7 +21,7 @@ from vamoh.ops import (
     inr_mixture_log_likelihood,
     inr_mixture_mean,
 )
-from vamoh.ops._backend import native_unavailable
+from vamoh.ops._native import native_unavailable
 from vamoh.ops.inr_mixture import ACTIVATIONS, Inr, inr_mixture_mean_reference, inr_mixture_reference
 from vamoh.ops.likelihood import Likelihood, log_likelihood, log_likelihood_with_derivatives
 

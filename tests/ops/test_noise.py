@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vamoh.ops import CounterNoise
-from vamoh.ops._backend import native
+from vamoh.ops._native import native
 from vamoh.ops._noise import _box_muller, check_noise, counter_noise_reference, philox
 
 WORD = st.integers(0, 2**32 - 1)

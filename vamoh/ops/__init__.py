@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vamoh.ops._backend import status as status
 from vamoh.ops._noise import CounterNoise as CounterNoise
+from vamoh.ops._status import status as status
 from vamoh.ops.farthest_point_sample import farthest_point_sample as farthest_point_sample
 from vamoh.ops.fourier_features import fourier_features as fourier_features
 from vamoh.ops.gating import categorical_kl as categorical_kl

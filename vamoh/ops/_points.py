@@ -69,3 +69,8 @@ def squared_distances(points: Tensor, queries: Tensor, table: Tensor | None) -> 
         difference = q[..., :, None] - p[..., None, :]
         total += difference * difference
     return total
+
+
+def name_of(values: Tensor) -> str:
+    """Dtype as it ends the names of kernels that are compiled for more than one."""
+    return str(values.dtype).removeprefix("torch.")

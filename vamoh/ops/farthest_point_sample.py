@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vamoh._checks import check_positive, may_look
-from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
-from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
+from vamoh.ops._native import items
+from vamoh.ops._op import Op
+from vamoh.ops._points import POINTS, check_mask, check_places, check_points, name_of, squared_distances
 
 
 def farthest_point_sample(
@@ -40,42 +42,14 @@ def farthest_point_sample(
     batch = check_mask(where, mask, coords, check_points(where, "coords", coords, "N", table))
     check_positive(where, "num_samples", num_samples)
     shape = [1 if batch is None else batch, *coords.shape[-2:]]
-    order: Tensor = torch.ops.vamoh.farthest_point_sample(
+    order: Tensor = _farthest_point_sample(
         coords.detach().expand(shape),
         None if mask is None else mask.expand(shape[:2]),
         num_samples,
         None if table is None else table.detach(),
-        backend,
+        backend=backend,
     )
     return order[0] if batch is None else order
-
-
-torch.library.define(
-    "vamoh::farthest_point_sample",
-    "(Tensor coords, Tensor? mask, int num_samples, Tensor? table, str? backend) -> Tensor",
-)
-
-
-@torch.library.register_fake("vamoh::farthest_point_sample")
-def _fake(coords: Tensor, mask: Tensor | None, num_samples: int, *_: object) -> Tensor:
-    samples = min(num_samples, coords.shape[1]) if mask is None else torch.library.get_ctx().new_dynamic_size()
-    return coords.new_empty((coords.shape[0], samples), dtype=torch.int64)
-
-
-@torch.library.impl("vamoh::farthest_point_sample", "CompositeExplicitAutograd")
-def _run(coords: Tensor, mask: Tensor | None, num_samples: int, table: Tensor | None, backend: str | None) -> Tensor:
-    batch, points, _ = coords.shape
-    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [points] * batch
-    if 0 in counts:
-        name, item = ("coords", "") if mask is None else ("mask", f" in item {counts.index(0)}")
-        raise ValueError(f"farthest_point_sample: {name} must leave at least one candidate, got none{item}")
-    samples = min(num_samples, max(counts, default=points))
-    if table is not None:
-        check_places("farthest_point_sample", "coords", coords, table)
-    chosen = resolve("farthest_point_sample", coords.device, coords.dtype, backend)
-    if chosen == "reference":
-        return farthest_point_sample_reference(coords, mask, samples, table)
-    return _native(chosen, coords, mask, samples, table)
 
 
 def farthest_point_sample_reference(coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
@@ -98,33 +72,51 @@ def farthest_point_sample_reference(coords: Tensor, mask: Tensor | None, samples
     return torch.where(takes_all, listed.masked_fill(listed == points, -1), order)
 
 
-def _native(backend: str, coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
+def _fake(coords: Tensor, mask: Tensor | None, num_samples: int, table: Tensor | None) -> Tensor:
+    samples = min(num_samples, coords.shape[1]) if mask is None else torch.library.get_ctx().new_dynamic_size()
+    return coords.new_empty((coords.shape[0], samples), dtype=torch.int64)
+
+
+def _check_contents(
+    coords: Tensor, mask: Tensor | None, num_samples: int, table: Tensor | None
+) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
+    """Check the contents, and make of num_samples how many are taken."""
+    batch, points, _ = coords.shape
+    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [points] * batch
+    if 0 in counts:
+        name, item = ("coords", "") if mask is None else ("mask", f" in item {counts.index(0)}")
+        raise ValueError(f"farthest_point_sample: {name} must leave at least one candidate, got none{item}")
+    if table is not None:
+        check_places("farthest_point_sample", "coords", coords, table)
+    return coords, mask, min(num_samples, max(counts, default=points)), table
+
+
+_farthest_point_sample = Op(
+    "farthest_point_sample(Tensor coords, Tensor? mask, int num_samples, Tensor? table) -> Tensor",
+    farthest_point_sample_reference,
+    _fake,
+    check=_check_contents,
+)
+
+
+@_farthest_point_sample.backend("cpu", "cuda", dtypes=POINTS)
+def _(call: Any, coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
     batch, points, dims = coords.shape
-    coords, coords_step = items(coords)
-    mask, mask_step = (None, 0) if mask is None else items(mask)
-    order = torch.empty(batch, samples, dtype=torch.int64, device=coords.device)
-    common = {
-        "coords": coords.data_ptr(),
-        "coords_step": coords_step,
-        "mask": 0 if mask is None else mask.data_ptr(),
-        "mask_step": mask_step,
-        "out": order.data_ptr(),
-        "batch": batch,
-        "points": points,
-        "samples": samples,
-        "is_double": (coords if table is None else table).dtype == torch.float64,
-    }
-    if table is None:
-        call_native("farthest_point_sample", backend, coords.device, **common, dims=dims)
-    else:
-        table = table.contiguous()
-        size = len(table)
-        call_native(
-            "farthest_point_sample_by_table", backend, coords.device, **common, table=table.data_ptr(), table_size=size
-        )
+    order = coords.new_empty((batch, samples), dtype=torch.int64)
+    clouds, coords_step = items(coords)
+    mask, mask_step = items(mask)
+    name = "farthest_point_sample"
+    metric: dict[str, Any] = {"dims": dims} if table is None else {"table": table, "table_size": len(table)}
+    call(
+        f"{name}_{name_of(coords)}" if table is None else f"{name}_by_table_{name_of(table)}",
+        coords=clouds,
+        coords_step=coords_step,
+        mask=mask,
+        mask_step=mask_step,
+        out=order,
+        batch=batch,
+        points=points,
+        samples=samples,
+        **metric,
+    )
     return order
-
-
-register("farthest_point_sample", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
-register("farthest_point_sample", "cuda", devices=["cuda"], dtypes=POINTS, unavailable=cuda_unavailable)
-register("farthest_point_sample", "reference")

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import (
-    float32_under_autocast,
-    native,
-    native_isa,
-    native_unavailable,
-    register,
-    register_plain,
-    require_reference,
-    resolve,
-)
+from vamoh.ops._autocast import float32_under_autocast
+from vamoh.ops._op import Op, require_reference
 
 
 @float32_under_autocast
@@ -36,36 +29,8 @@ def fourier_features(coords: Tensor, frequencies: Tensor, *, backend: str | None
     if torch.is_grad_enabled() and (coords.requires_grad or frequencies.requires_grad):
         require_reference(where, "gradients", backend)
         return fourier_features_reference(coords, frequencies)
-    result: Tensor = torch.ops.vamoh.fourier_features(coords, frequencies, backend)
+    result: Tensor = _fourier_features(coords, frequencies, backend=backend)
     return result
-
-
-torch.library.define("vamoh::fourier_features", "(Tensor coords, Tensor frequencies, str? backend) -> Tensor")
-
-
-@torch.library.register_fake("vamoh::fourier_features")
-def _fake(coords: Tensor, frequencies: Tensor, backend: str | None) -> Tensor:
-    return coords.new_empty(*coords.shape[:-1], 2 * frequencies.shape[0])
-
-
-@torch.library.impl("vamoh::fourier_features", "CompositeExplicitAutograd")
-def _run(coords: Tensor, frequencies: Tensor, backend: str | None) -> Tensor:
-    if resolve("fourier_features", coords.device, coords.dtype, backend) == "reference":
-        return fourier_features_reference(coords, frequencies)
-    coords, frequencies = coords.contiguous(), frequencies.contiguous()
-    count, dims = frequencies.shape
-    out = coords.new_empty(*coords.shape[:-1], 2 * count)
-    native().fourier_features(
-        coords=coords.data_ptr(),
-        frequencies=frequencies.data_ptr(),
-        out=out.data_ptr(),
-        points=coords.shape[:-1].numel(),
-        dims=dims,
-        count=count,
-        threads=torch.get_num_threads(),
-        isa=native_isa(),
-    )
-    return out
 
 
 def fourier_features_reference(coords: Tensor, frequencies: Tensor) -> Tensor:
@@ -74,14 +39,19 @@ def fourier_features_reference(coords: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], -1)
 
 
-register_plain("fourier_features", lambda *arguments: fourier_features_reference(*arguments[:-1]))
+def _empty(coords: Tensor, frequencies: Tensor) -> Tensor:
+    return coords.new_empty(*coords.shape[:-1], 2 * frequencies.shape[0])
 
-register(
-    "fourier_features",
-    "cpu",
-    devices=["cpu"],
-    dtypes=[torch.float32],
-    unavailable=native_unavailable,
-    limits="no gradients",
+
+_fourier_features = Op(
+    "fourier_features(Tensor coords, Tensor frequencies) -> Tensor", fourier_features_reference, _empty
 )
-register("fourier_features", "reference")
+
+
+@_fourier_features.backend("cpu", limits="no gradients")
+def _(call: Any, coords: Tensor, frequencies: Tensor) -> Tensor:
+    out = _empty(coords, frequencies)
+    count, dims = frequencies.shape
+    points = coords.shape[:-1].numel()
+    call("fourier_features", coords=coords, frequencies=frequencies, out=out, points=points, dims=dims, count=count)
+    return out

@@ -8,31 +8,25 @@ z's part (`shift`) once per function. Points come last in memory: [H, N] and [K,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import (
-    float32_under_autocast,
-    items,
-    native,
-    native_isa,
-    native_unavailable,
-    refuse_second_derivatives,
-    register,
-    register_plain,
-    require_reference,
-    resolve,
-    triton_kernels,
-    triton_precision,
-    triton_unavailable,
-)
+from vamoh.ops._autocast import float32_under_autocast
+from vamoh.ops._native import items, triton_kernels, triton_precision
+from vamoh.ops._op import Op, Saved, require_reference
 from vamoh.ops._points import check_mask
 
-Context = torch.autograd.function.FunctionCtx
+
+class Gate(NamedTuple):
+    """Architecture of the layers after the first: widths (H, ..., K), LeakyReLU's slope, whether tanh bounds logits."""
+
+    widths: tuple[int, ...]
+    slope: float
+    bounded: bool
 
 
 @float32_under_autocast
@@ -56,7 +50,7 @@ def gating_coords(
         require_reference(where, "second derivatives", backend)
         return [weight @ encoded.mT for weight in weights]
     batched = encoded if encoded.dim() == 3 else encoded[None]
-    parts: list[Tensor] = torch.ops.vamoh.gating_coords(batched, list(weights), backend)
+    parts: list[Tensor] = _gating_coords(batched, list(weights), backend=backend)
     return parts if encoded.dim() == 3 else [part.squeeze(0) for part in parts]
 
 
@@ -108,12 +102,12 @@ def gating(
     layers = [p.flatten() for layer in zip(weights, biases, strict=True) for p in layer]
     first = [] if value_weight is None else [value_weight.flatten()]
     parameters = torch.cat([*first, *layers]) if first or layers else shift.new_empty(0)
+    gate = Gate((hidden, *(bias.shape[0] for bias in biases)), slope, bounded)
     coords = coords if coords.dim() == 3 else coords[None]
-    widths = [hidden, *(bias.shape[0] for bias in biases)]
     if twice:
         require_reference(where, "second derivatives", backend)
-        return gating_reference(coords, shift, values, parameters, widths, slope, bounded)
-    log_p: Tensor = torch.ops.vamoh.gating(coords, shift, values, parameters, widths, slope, bounded, backend)
+        return gating_reference(coords, shift, values, parameters, gate)
+    log_p: Tensor = _gating(coords, shift, values, parameters, gate, backend=backend)
     return log_p
 
 
@@ -134,268 +128,79 @@ def categorical_kl(
     check_tensor(where, "log_p", log_p, [batch, components, points], like=log_q)
     check_mask(where, mask, log_q.mT, batch)
     observed = None if mask is None else mask.expand(batch, -1)
-    q, kl = torch.ops.vamoh.categorical_kl(log_q, log_p.expand_as(log_q), observed, backend)
+    q, kl = _categorical_kl(log_q, log_p.expand_as(log_q), observed, backend=backend)
     return q, kl
 
 
-torch.library.define("vamoh::gating_coords", "(Tensor encoded, Tensor[] weights, str? backend) -> Tensor[]")
-torch.library.define(
-    "vamoh::gating_coords_backward", "(Tensor[] grads, Tensor encoded, Tensor[] weights, str? backend) -> Tensor[]"
-)
+def _coords_reference(encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w @ encoded.mT for w in weights]
 
 
-@torch.library.register_fake("vamoh::gating_coords")
-def _coords_fake(encoded: Tensor, weights: list[Tensor], backend: str | None) -> list[Tensor]:
+def _empty_coords(encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [encoded.new_empty(encoded.shape[0], w.shape[0], encoded.shape[1]) for w in weights]
 
 
-@torch.library.register_fake("vamoh::gating_coords_backward")
-def _coords_backward_fake(
-    grads: list[Tensor], encoded: Tensor, weights: list[Tensor], backend: str | None
-) -> list[Tensor]:
-    return [w.new_empty(w.shape) for w in weights]
+_gating_coords = Op("gating_coords(Tensor encoded, Tensor[] weights) -> Tensor[]", _coords_reference, _empty_coords)
 
 
-@torch.library.impl("vamoh::gating_coords", "CompositeExplicitAutograd")
-def _coords_run(encoded: Tensor, weights: list[Tensor], backend: str | None) -> list[Tensor]:
-    chosen = resolve("gating_coords", encoded.device, encoded.dtype, backend)
-    if chosen == "reference":
-        return [w @ encoded.mT for w in weights]
-    if chosen == "triton":
-        return triton_kernels("gating").coords(encoded, weights, triton_precision())  # type: ignore[no-any-return]
-    encoded, weights = encoded.contiguous(), [w.contiguous() for w in weights]
-    parts = [encoded.new_empty(encoded.shape[0], w.shape[0], encoded.shape[1]) for w in weights]
-    native().gating_coords(
-        weights=[w.data_ptr() for w in weights],
-        parts=[part.data_ptr() for part in parts],
-        **_coords_arguments(encoded, weights),
-    )
+@_gating_coords.backend("triton")
+def _(encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return triton_kernels("gating").coords(encoded, weights, triton_precision())  # type: ignore[no-any-return]
+
+
+@_gating_coords.backend("cpu")
+def _(call: Any, encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    parts = _empty_coords(encoded, weights)
+    call("gating_coords", weights=list(weights), parts=parts, **_coords_sizes(encoded, weights))
     return parts
 
 
-@torch.library.impl("vamoh::gating_coords_backward", "CompositeExplicitAutograd")
-def _coords_backward_run(
-    grads: list[Tensor], encoded: Tensor, weights: list[Tensor], backend: str | None
-) -> list[Tensor]:
-    chosen = resolve("gating_coords", encoded.device, encoded.dtype, backend)
-    if chosen == "reference":
-        return [(grad @ encoded).sum(0) for grad in grads]
-    if chosen == "triton":
-        return triton_kernels("gating").coords_backward(  # type: ignore[no-any-return]
-            grads, encoded, weights, triton_precision()
-        )
-    grads, encoded = [grad.contiguous() for grad in grads], encoded.contiguous()
-    grad_weights = [w.new_empty(w.shape) for w in weights]
-    native().gating_coords_backward(
-        grads=[grad.data_ptr() for grad in grads],
-        grad_weights=[w.data_ptr() for w in grad_weights],
-        **_coords_arguments(encoded, weights),
-    )
-    return grad_weights
+def _coords_backward_reference(grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [(grad @ encoded).sum(0) for grad in grads]
 
 
-def _coords_arguments(encoded: Tensor, weights: list[Tensor]) -> dict[str, object]:
-    return {
-        "encoded": encoded.data_ptr(),
-        "hidden": [w.shape[0] for w in weights],
-        "batch": encoded.shape[0],
-        "count": encoded.shape[1],
-        "inputs": encoded.shape[2],
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
-    }
+def _empty_coords_grads(grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w.new_empty(w.shape) for w in weights]
 
 
-def _coords_setup(ctx: Context, inputs: tuple[Tensor, list[Tensor], str | None], output: list[Tensor]) -> None:
-    encoded, weights, backend = inputs
-    ctx.save_for_backward(encoded, *weights)
-    ctx.backend = backend  # type: ignore[attr-defined]
-
-
-@float32_under_autocast
-def _coords_backward(ctx: Context, grads: list[Tensor]) -> tuple[object, ...]:
-    refuse_second_derivatives("gating_coords")
-    encoded, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
-    by_encoded = None
-    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-        by_encoded = sum(grad.mT @ weight for grad, weight in zip(grads, weights, strict=True))
-    by_weights = torch.ops.vamoh.gating_coords_backward(grads, encoded, weights, ctx.backend)  # type: ignore[attr-defined]
-    return by_encoded, by_weights, None
-
-
-torch.library.register_autograd("vamoh::gating_coords", _coords_backward, setup_context=_coords_setup)
-
-
-# parameters is [value_weight, weights[0], biases[0], weights[1], ...] in one row
-_NETWORK = "Tensor coords, Tensor shift, Tensor? values, Tensor parameters, int[] widths, float slope, bool bounded, "
-torch.library.define("vamoh::gating", f"({_NETWORK}str? backend) -> Tensor")
-torch.library.define(
-    "vamoh::gating_backward",
-    f"(Tensor grad, Tensor log_p, {_NETWORK}bool by_values, str? backend) "
-    "-> (Tensor grad_coords, Tensor grad_shift, Tensor grad_values, Tensor grad_parameters)",
+_gating_coords_backward = _gating_coords.derivative(
+    "gating_coords_backward(Tensor[] grads, Tensor encoded, Tensor[] weights) -> Tensor[]",
+    _coords_backward_reference,
+    _empty_coords_grads,
 )
 
 
-@torch.library.register_fake("vamoh::gating")
-def _fake(
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
-    backend: str | None,
-) -> Tensor:
-    return _empty_log_p(coords, shift, widths)
+@_gating_coords_backward.backend("triton")
+def _(grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    kernels = triton_kernels("gating")
+    return kernels.coords_backward(grads, encoded, weights, triton_precision())  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("vamoh::gating_backward")
-def _backward_fake(
-    grad: Tensor,
-    log_p: Tensor,
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
-    by_values: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    return _empty_grads(coords, shift, values, parameters, by_values)
+@_gating_coords_backward.backend("cpu")
+def _(call: Any, grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    found = _empty_coords_grads(grads, encoded, weights)
+    call("gating_coords_backward", grads=list(grads), grad_weights=found, **_coords_sizes(encoded, weights))
+    return found
 
 
-def _empty_log_p(coords: Tensor, shift: Tensor, widths: Sequence[int]) -> Tensor:
-    return shift.new_empty(shift.shape[0], widths[-1], coords.shape[2])
+def _coords_sizes(encoded: Tensor, weights: Sequence[Tensor]) -> dict[str, Any]:
+    batch, count, inputs = encoded.shape
+    hidden = tuple(w.shape[0] for w in weights)
+    return {"encoded": encoded, "hidden": hidden, "batch": batch, "count": count, "inputs": inputs}
 
 
-def _empty_grads(
-    coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, by_values: bool
-) -> tuple[Tensor, ...]:
-    by_value = shift.new_empty(values.shape if by_values and values is not None else 0)
-    return coords.new_empty(coords.shape), shift.new_empty(shift.shape), by_value, shift.new_empty(parameters.shape)
-
-
-@torch.library.impl("vamoh::gating", "CompositeExplicitAutograd")
-def _run(
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
-    backend: str | None,
-) -> Tensor:
-    chosen = _resolve(shift, widths, backend)
-    if chosen == "reference":
-        return gating_reference(coords, shift, values, parameters, widths, slope, bounded)
-    if chosen == "triton":
-        return triton_kernels("gating").gating(  # type: ignore[no-any-return]
-            coords, shift, values, parameters, widths, slope, bounded, triton_precision()
-        )
-    coords, shift, parameters = coords.contiguous(), shift.contiguous(), parameters.contiguous()
-    values = None if values is None else values.contiguous()
-    log_p = _empty_log_p(coords, shift, widths)
-    native().gating(log_p=log_p.data_ptr(), **_arguments(coords, shift, values, parameters, widths, slope, bounded))
-    return log_p
-
-
-@torch.library.impl("vamoh::gating_backward", "CompositeExplicitAutograd")
-def _backward_run(
-    grad: Tensor,
-    log_p: Tensor,
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
-    by_values: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    chosen = _resolve(shift, widths, backend)
-    if chosen == "reference":
-        return gating_backward_reference(
-            grad, log_p, coords, shift, values, parameters, widths, slope, bounded, by_values
-        )
-    if chosen == "triton":
-        return triton_kernels("gating").gating_backward(  # type: ignore[no-any-return]
-            grad, log_p, coords, shift, values, parameters, widths, slope, bounded, by_values, triton_precision()
-        )
-    coords, shift, parameters = coords.contiguous(), shift.contiguous(), parameters.contiguous()
-    values = None if values is None else values.contiguous()
-    grad, log_p = grad.contiguous(), log_p.contiguous()
-    grads = _empty_grads(coords, shift, values, parameters, by_values)
-    native().gating_backward(
-        grad=grad.data_ptr(),
-        log_p=log_p.data_ptr(),
-        grad_coords=grads[0].data_ptr(),
-        grad_shift=grads[1].data_ptr(),
-        grad_values=grads[2].data_ptr() if by_values else 0,
-        grad_parameters=grads[3].data_ptr(),
-        **_arguments(coords, shift, values, parameters, widths, slope, bounded),
-    )
-    return grads
-
-
-def _resolve(shift: Tensor, widths: Sequence[int], backend: str | None) -> str:
-    def refusal(name: str) -> str | None:
-        return triton_kernels("gating_plan").refusal(widths) if name == "triton" else None
-
-    return resolve("gating", shift.device, shift.dtype, backend, refusal)
-
-
-def _arguments(
-    coords: Tensor,
-    shift: Tensor,
-    values: Tensor | None,
-    parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
-) -> dict[str, object]:
-    net = native().GatingNet(
-        coords=coords.data_ptr(),
-        shared=coords.shape[0] == 1,
-        shift=shift.data_ptr(),
-        values=0 if values is None else values.data_ptr(),
-        parameters=parameters.data_ptr(),
-        widths=widths,
-        batch=shift.shape[0],
-        count=coords.shape[2],
-        channels=0 if values is None else values.shape[2],
-        slope=slope,
-        bounded=bounded,
-    )
-    return {"net": net, "threads": torch.get_num_threads(), "isa": native_isa()}
-
-
-def _setup(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-    coords, shift, values, parameters, *rest = inputs
-    ctx.save_for_backward(output, coords, shift, values, parameters)
-    ctx.rest = rest  # type: ignore[attr-defined]
-
-
-@float32_under_autocast
-def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("gating")
-    *rest, backend = ctx.rest  # type: ignore[attr-defined]
-    by_values = ctx.needs_input_grad[2]  # type: ignore[attr-defined]
-    grad_coords, grad_shift, grad_values, grad_parameters = torch.ops.vamoh.gating_backward(
-        grad,
-        *ctx.saved_tensors,  # type: ignore[attr-defined]
-        *rest,
-        by_values,
-        backend,
-    )
-    return grad_coords, grad_shift, grad_values if by_values else None, grad_parameters, *(None,) * 4
-
-
-torch.library.register_autograd("vamoh::gating", _backward, setup_context=_setup)
+@_gating_coords.gradient(saves=lambda encoded, weights, out: (encoded, *weights))
+def _(saved: Saved, grads: list[Tensor]) -> tuple[Any, ...]:
+    encoded, *weights = saved.values
+    zero = encoded.new_zeros(())
+    grads = [
+        zero.expand(encoded.shape[0], w.shape[0], encoded.shape[1]) if grad is None else grad
+        for w, grad in zip(weights, grads, strict=True)
+    ]
+    by_encoded = None
+    if saved.needed[0]:
+        by_encoded = sum(grad.mT @ weight for grad, weight in zip(grads, weights, strict=True))
+    return by_encoded, _gating_coords_backward(grads, encoded, weights, backend=saved.backend)
 
 
 def _split(parameters: Tensor, widths: Sequence[int], channels: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -407,16 +212,16 @@ def _split(parameters: Tensor, widths: Sequence[int], channels: int) -> tuple[Te
 
 
 def _hidden(
-    coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, widths: Sequence[int], slope: float
+    coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, gate: Gate
 ) -> tuple[list[Tensor], Tensor]:
     """Inputs [B, I, N] of the layers after the first, and the output of the last."""
-    value_weight, layers = _split(parameters, widths, 0 if values is None else values.shape[2])
+    value_weight, layers = _split(parameters, gate.widths, 0 if values is None else values.shape[2])
     h = coords + shift[:, :, None]  # [B, H, N]
     if values is not None:
         h = h + value_weight @ values.mT
     inputs = []
     for weight, bias in layers:
-        inputs.append(F.leaky_relu(h, slope))
+        inputs.append(F.leaky_relu(h, gate.slope))
         h = weight @ inputs[-1] + bias[:, None]
     return inputs, h
 
@@ -426,17 +231,11 @@ def gating_reference(
     shift: Tensor,
     values: Tensor | None,
     parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
+    gate: Gate,
 ) -> Tensor:
     """Plain torch: log-probabilities [B, K, N] from coords [B, H, N] or [1, H, N]."""
-    _, h = _hidden(coords, shift, values, parameters, widths, slope)
-    return (h.tanh() if bounded else h).log_softmax(1)
-
-
-register_plain("gating_coords", lambda encoded, weights, backend: [w @ encoded.mT for w in weights])
-register_plain("gating", lambda *arguments: gating_reference(*arguments[:-1]))
+    _, h = _hidden(coords, shift, values, parameters, gate)
+    return (h.tanh() if gate.bounded else h).log_softmax(1)
 
 
 def gating_backward_reference(
@@ -446,22 +245,20 @@ def gating_backward_reference(
     shift: Tensor,
     values: Tensor | None,
     parameters: Tensor,
-    widths: Sequence[int],
-    slope: float,
-    bounded: bool,
+    gate: Gate,
     by_values: bool,
 ) -> tuple[Tensor, ...]:
     """Plain torch: gradients of coords, shift, values (empty unless asked for) and parameters."""
-    inputs, h = _hidden(coords, shift, values, parameters, widths, slope)
-    value_weight, layers = _split(parameters, widths, 0 if values is None else values.shape[2])
+    inputs, h = _hidden(coords, shift, values, parameters, gate)
+    value_weight, layers = _split(parameters, gate.widths, 0 if values is None else values.shape[2])
     d = grad - log_p.exp() * grad.sum(1, keepdim=True)
-    if bounded:
+    if gate.bounded:
         d = d * (1 - h.tanh().square())
     grads: list[Tensor] = []
     for (weight, _), before in zip(reversed(layers), reversed(inputs), strict=True):
         grads = [(d @ before.mT).sum(0).flatten(), d.sum((0, 2)), *grads]
         d = weight.mT @ d
-        d = torch.where(before > 0, d, slope * d)
+        d = torch.where(before > 0, d, gate.slope * d)
     if values is not None:
         grads = [(d @ values).sum(0).flatten(), *grads]
     grad_coords = d.sum(0, keepdim=True) if coords.shape[0] == 1 else d.contiguous()
@@ -469,108 +266,79 @@ def gating_backward_reference(
     return grad_coords, d.sum(2), grad_values, torch.cat([shift.new_empty(0), *grads])
 
 
-torch.library.define(
-    "vamoh::categorical_kl", "(Tensor log_q, Tensor log_p, Tensor? mask, str? backend) -> (Tensor q, Tensor kl)"
+def _empty(coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, gate: Gate) -> Tensor:
+    return shift.new_empty(shift.shape[0], gate.widths[-1], coords.shape[2])
+
+
+def _empty_grads(
+    grad: Tensor,
+    log_p: Tensor,
+    coords: Tensor,
+    shift: Tensor,
+    values: Tensor | None,
+    parameters: Tensor,
+    gate: Gate,
+    by_values: bool,
+) -> tuple[Tensor, ...]:
+    by_value = shift.new_empty(values.shape if by_values and values is not None else 0)
+    return coords.new_empty(coords.shape), shift.new_empty(shift.shape), by_value, shift.new_empty(parameters.shape)
+
+
+_NETWORK = "Tensor coords, Tensor shift, Tensor? values, Tensor parameters, Gate gate"
+_gating = Op(f"gating({_NETWORK}) -> Tensor", gating_reference, _empty)
+_gating_backward = _gating.derivative(
+    f"gating_backward(Tensor grad, Tensor log_p, {_NETWORK}, bool by_values) "
+    "-> (Tensor grad_coords, Tensor grad_shift, Tensor grad_values, Tensor grad_parameters)",
+    gating_backward_reference,
+    _empty_grads,
 )
-torch.library.define(
-    "vamoh::categorical_kl_backward",
-    "(Tensor grad_q, Tensor grad_kl, Tensor q, Tensor log_q, Tensor log_p, str? backend) "
-    "-> (Tensor grad_log_q, Tensor grad_log_p)",
-)
 
 
-@torch.library.register_fake("vamoh::categorical_kl")
-def _kl_fake(log_q: Tensor, log_p: Tensor, mask: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    return log_q.new_empty(log_q.shape), log_q.new_empty(log_q.shape[0])
+def _refusal(*arguments: Any) -> str | None:
+    gate = next(each for each in arguments if isinstance(each, Gate))
+    return triton_kernels("gating_plan").refusal(gate.widths)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("vamoh::categorical_kl_backward")
-def _kl_backward_fake(
-    grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape)
+@_gating.backend("triton", limits="at most 64 components", refusal=_refusal)
+def _(coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, gate: Gate) -> Tensor:
+    kernels = triton_kernels("gating")
+    return kernels.gating(coords, shift, values, parameters, *gate, triton_precision())  # type: ignore[no-any-return]
 
 
-@torch.library.impl("vamoh::categorical_kl", "CompositeExplicitAutograd")
-def _kl_run(log_q: Tensor, log_p: Tensor, mask: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    chosen = resolve("categorical_kl", log_q.device, log_q.dtype, backend)
-    if chosen == "reference":
-        return categorical_kl_reference(log_q, log_p, mask)
-    if chosen == "triton":
-        return triton_kernels("gating").categorical_kl(log_q, log_p, mask)  # type: ignore[no-any-return]
-    q, kl = log_q.new_empty(log_q.shape), log_q.new_empty(log_q.shape[0])
-    log_q, log_p, uniform = _kl_contiguous(log_q, log_p)
-    mask, mask_step = (None, 0) if mask is None else items(mask)
-    native().categorical_kl(
-        mask=0 if mask is None else mask.data_ptr(),
-        mask_step=mask_step,
-        q=q.data_ptr(),
-        kl=kl.data_ptr(),
-        **_kl_arguments(log_q, log_p, uniform),
-    )
-    return q, kl
+@_gating_backward.backend("triton", refusal=_refusal)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, gate, by_values = arguments
+    kernels = triton_kernels("gating")
+    return kernels.gating_backward(*tensors, *gate, by_values, triton_precision())  # type: ignore[no-any-return]
 
 
-@torch.library.impl("vamoh::categorical_kl_backward", "CompositeExplicitAutograd")
-def _kl_backward_run(
-    grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    chosen = resolve("categorical_kl", log_q.device, log_q.dtype, backend)
-    if chosen == "reference":
-        return categorical_kl_backward_reference(grad_q, grad_kl, q, log_q, log_p)
-    if chosen == "triton":
-        return triton_kernels("gating").categorical_kl_backward(  # type: ignore[no-any-return]
-            grad_q, grad_kl, q, log_q, log_p
-        )
-    grads = q.new_empty(q.shape), q.new_empty(q.shape)
-    log_q, log_p, uniform = _kl_contiguous(log_q, log_p)
-    grad_q, grad_kl, q = grad_q.contiguous(), grad_kl.contiguous(), q.contiguous()
-    native().categorical_kl_backward(
-        grad_q=grad_q.data_ptr(),
-        grad_kl=grad_kl.data_ptr(),
-        q=q.data_ptr(),
-        grad_log_q=grads[0].data_ptr(),
-        grad_log_p=grads[1].data_ptr(),
-        **_kl_arguments(log_q, log_p, uniform),
-    )
+@_gating.backend("cpu")
+def _(call: Any, coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, gate: Gate) -> Tensor:
+    log_p = _empty(coords, shift, values, parameters, gate)
+    call("gating", net=_net(coords, shift, values, parameters, gate), log_p=log_p)
+    return log_p
+
+
+@_gating_backward.backend("cpu")
+def _(call: Any, grad: Tensor, log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *network, by_values = rest
+    grads = by_coords, by_shift, by_value, by_parameters = _empty_grads(grad, log_p, *rest)
+    wanted = [by_coords, by_shift, by_value if by_values else None, by_parameters]
+    call("gating_backward", net=_net(*network), log_p=log_p, grad=grad, grads=wanted)
     return grads
 
 
-def _kl_contiguous(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both in memory of their own; the last says that log_p is one column, [B, K, 1]."""
-    uniform = log_q.shape[2] > 1 and log_p.stride(2) == 0
-    return log_q.contiguous(), (log_p[:, :, :1] if uniform else log_p).contiguous(), uniform
+def _net(coords: Tensor, shift: Tensor, values: Tensor | None, parameters: Tensor, gate: Gate) -> list[Any]:
+    """GatingNet of csrc/gating.h."""
+    channels = 0 if values is None else values.shape[2]
+    sizes = (shift.shape[0], coords.shape[2], channels)
+    return [coords, coords.shape[0] == 1, shift, values, parameters, gate.widths, *sizes, gate.slope, gate.bounded]
 
 
-def _kl_arguments(log_q: Tensor, log_p: Tensor, uniform: bool) -> dict[str, object]:
-    batch, components, count = log_q.shape
-    return {
-        "log_q": log_q.data_ptr(),
-        "log_p": log_p.data_ptr(),
-        "uniform": uniform,
-        "batch": batch,
-        "components": components,
-        "count": count,
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
-    }
-
-
-def _kl_setup(
-    ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, str | None], output: tuple[Tensor, Tensor]
-) -> None:
-    ctx.save_for_backward(output[0], *inputs[:2])
-    ctx.backend = inputs[3]  # type: ignore[attr-defined]
-
-
-@float32_under_autocast
-def _kl_backward(ctx: Context, grad_q: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("categorical_kl")
-    grads = torch.ops.vamoh.categorical_kl_backward(grad_q, grad_kl, *ctx.saved_tensors, ctx.backend)  # type: ignore[attr-defined]
-    return (*grads, None, None)
-
-
-torch.library.register_autograd("vamoh::categorical_kl", _kl_backward, setup_context=_kl_setup)
+@_gating.gradient(saves=lambda *network_and_log_p: network_and_log_p)
+def _(saved: Saved, grad: Tensor) -> tuple[Tensor, ...]:
+    *network, log_p = saved.values
+    return _gating_backward(grad, log_p, *network, saved.needed[2], backend=saved.backend)  # type: ignore[no-any-return]
 
 
 def categorical_kl_reference(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -588,7 +356,72 @@ def categorical_kl_backward_reference(
     return by_log_q, -by_kl * q
 
 
-for _op, _limits in (("gating_coords", ""), ("gating", "at most 64 components"), ("categorical_kl", "")):
-    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable, limits=_limits)
-    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
-    register(_op, "reference")
+def _empty_kl(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return log_q.new_empty(log_q.shape), log_q.new_empty(log_q.shape[0])
+
+
+def _empty_kl_grads(grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+_categorical_kl = Op(
+    "categorical_kl(Tensor log_q, Tensor log_p, Tensor? mask) -> (Tensor q, Tensor kl)",
+    categorical_kl_reference,
+    _empty_kl,
+)
+_categorical_kl_backward = _categorical_kl.derivative(
+    "categorical_kl_backward(Tensor grad_q, Tensor grad_kl, Tensor q, Tensor log_q, Tensor log_p) "
+    "-> (Tensor grad_log_q, Tensor grad_log_p)",
+    categorical_kl_backward_reference,
+    _empty_kl_grads,
+)
+
+
+@_categorical_kl.backend("triton")
+def _(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return triton_kernels("gating").categorical_kl(log_q, log_p, mask)  # type: ignore[no-any-return]
+
+
+@_categorical_kl_backward.backend("triton")
+def _(grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = triton_kernels("gating")
+    return kernels.categorical_kl_backward(grad_q, grad_kl, q, log_q, log_p)  # type: ignore[no-any-return]
+
+
+@_categorical_kl.backend("cpu")
+def _(call: Any, log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, kl = _empty_kl(log_q, log_p, mask)
+    mask, mask_step = items(mask)
+    call("categorical_kl", mask=mask, mask_step=mask_step, q=q, kl=kl, **_divergence(log_q, log_p))
+    return q, kl
+
+
+@_categorical_kl_backward.backend("cpu")
+def _(call: Any, grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    by_log_q, by_log_p = _empty_kl_grads(grad_q, grad_kl, q, log_q, log_p)
+    call(
+        "categorical_kl_backward",
+        grad_q=grad_q,
+        grad_kl=grad_kl,
+        q=q,
+        grad_log_q=by_log_q,
+        grad_log_p=by_log_p,
+        **_divergence(log_q, log_p),
+    )
+    return by_log_q, by_log_p
+
+
+def _divergence(log_q: Tensor, log_p: Tensor) -> dict[str, Any]:
+    """What both kernels take; `uniform` says that log_p is one column, [B, K, 1]."""
+    batch, components, count = log_q.shape
+    uniform = count > 1 and log_p.stride(2) == 0
+    sizes = {"batch": batch, "components": components, "count": count}
+    return {"log_q": log_q, "log_p": log_p[:, :, :1] if uniform else log_p, "uniform": uniform, **sizes}
+
+
+@_categorical_kl.gradient(saves=lambda log_q, log_p, mask, out: (out[0], log_q, log_p))
+def _(saved: Saved, grad_q: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, log_q, log_p = saved.values
+    grad_q = torch.zeros_like(q) if grad_q is None else grad_q
+    grad_kl = q.new_zeros(len(q)) if grad_kl is None else grad_kl
+    return _categorical_kl_backward(grad_q, grad_kl, q, log_q, log_p, backend=saved.backend)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ log-likelihood of every component, its expectation together with the gradient of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,21 +16,9 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_choice, check_tensor
 from vamoh.layout import packed_size, unpack
-from vamoh.ops._backend import (
-    float32_under_autocast,
-    items,
-    native,
-    native_isa,
-    native_unavailable,
-    refuse_second_derivatives,
-    register,
-    register_plain,
-    require_reference,
-    resolve,
-    triton_kernels,
-    triton_precision,
-    triton_unavailable,
-)
+from vamoh.ops._autocast import float32_under_autocast
+from vamoh.ops._native import items, triton_kernels, triton_precision
+from vamoh.ops._op import Op, Saved, require_reference
 from vamoh.ops._points import check_mask
 from vamoh.ops.likelihood import KINDS, Likelihood, log_likelihood, log_likelihood_with_derivatives, mean
 
@@ -68,7 +56,7 @@ def inr_mixture(
     if features.requires_grad:
         require_reference("inr_mixture", "gradients of features", backend)
         return inr_mixture_reference(theta, features, inr)
-    result: Tensor = torch.ops.vamoh.inr_mixture(theta, features, mirror, list(inr.widths), *inr[1:], backend)
+    result: Tensor = _outputs(theta, features, mirror, inr, backend=backend)
     return result
 
 
@@ -96,10 +84,8 @@ def inr_mixture_log_likelihood(
     mask = None if mask is None else mask.expand(len(theta), -1)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, features, values, scale)):
         require_reference("inr_mixture_log_likelihood", "gradients", backend)
-        return inr_mixture_log_likelihood_reference(theta, features, values, scale, mask, inr, likelihood)
-    result: Tensor = torch.ops.vamoh.inr_mixture_log_likelihood(
-        theta, features, values, scale, mask, mirror, list(inr.widths), *inr[1:], *likelihood, backend
-    )
+        return inr_mixture_log_likelihood_reference(theta, features, values, scale, mask, mirror, inr, likelihood)
+    result: Tensor = _log_likelihood(theta, features, values, scale, mask, mirror, inr, likelihood, backend=backend)
     return result
 
 
@@ -133,8 +119,8 @@ def inr_mixture_expected_log_likelihood(
         log_p = inr_mixture_log_likelihood(theta, features, values, scale, inr, likelihood, mask=mask, backend=backend)
         weights = weights if mask is None else torch.where(mask[:, None], weights, 0)
         return (weights * log_p).sum((1, 2)), log_p.detach()
-    value, log_p, _, _ = torch.ops.vamoh.inr_mixture_expected_log_likelihood(
-        theta, features, values, weights, scale, mask, mirror, list(inr.widths), *inr[1:], *likelihood, backend
+    value, log_p, _, _ = _expected_log_likelihood(
+        theta, features, values, weights, scale, mask, mirror, inr, likelihood, backend=backend
     )
     return value, log_p.detach()
 
@@ -164,9 +150,7 @@ def inr_mixture_mean(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, features, log_pi)):
         outputs = inr_mixture(theta, features, inr, mirror=mirror, backend=backend)
         return _mix(outputs, log_pi.expand(-1, -1, count), likelihood)
-    mean, mean_map = torch.ops.vamoh.inr_mixture_mean(
-        theta, features, log_pi, mirror, list(inr.widths), *inr[1:], likelihood.kind, backend
-    )
+    mean, mean_map = _mixed_mean(theta, features, log_pi, mirror, inr, likelihood.kind, backend=backend)
     return mean, mean_map
 
 
@@ -208,103 +192,33 @@ def _check(
             )
 
 
-_NETWORK = "Tensor? mirror, int[] widths, str activation, float slope, float omega"
-_LIKELIHOOD = "str likelihood, float half_bin, float epsilon, bool open_ends"
-
-torch.library.define("vamoh::inr_mixture", f"(Tensor theta, Tensor features, {_NETWORK}, str? backend) -> Tensor")
-torch.library.define(
-    "vamoh::inr_mixture_backward",
-    f"(Tensor grad_outputs, Tensor theta, Tensor features, {_NETWORK}, str? backend) -> Tensor",
-)
-torch.library.define(
-    "vamoh::inr_mixture_log_likelihood",
-    f"(Tensor theta, Tensor features, Tensor values, Tensor scale, Tensor? mask, {_NETWORK}, {_LIKELIHOOD}, "
-    "str? backend) -> Tensor",
-)
-torch.library.define(
-    "vamoh::inr_mixture_mean",
-    f"(Tensor theta, Tensor features, Tensor log_pi, {_NETWORK}, str likelihood, str? backend) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "vamoh::inr_mixture_expected_log_likelihood",
-    f"(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, Tensor? mask, {_NETWORK}, "
-    f"{_LIKELIHOOD}, str? backend) -> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
-)
-
-
-@torch.library.register_fake("vamoh::inr_mixture")
-def _fake_outputs(theta: Tensor, features: Tensor, mirror: Tensor | None, widths: Sequence[int], *_: object) -> Tensor:
-    return theta.new_empty(*theta.shape[:2], features.shape[-2], widths[-1])
-
-
-@torch.library.register_fake("vamoh::inr_mixture_backward")
-def _fake_backward(grad_outputs: Tensor, theta: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(theta)
-
-
-@torch.library.register_fake("vamoh::inr_mixture_log_likelihood")
-def _fake_log_likelihood(theta: Tensor, features: Tensor, *_: object) -> Tensor:
-    return theta.new_empty(*theta.shape[:2], features.shape[-2])
-
-
-@torch.library.register_fake("vamoh::inr_mixture_mean")
-def _fake_mean(
-    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, widths: Sequence[int], *_: object
-) -> tuple[Tensor, Tensor]:
-    mean = theta.new_empty(theta.shape[0], features.shape[-2], widths[-1])
-    return mean, torch.empty_like(mean)
-
-
-@torch.library.register_fake("vamoh::inr_mixture_expected_log_likelihood")
-def _fake(
-    theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, *_: object
-) -> tuple[Tensor, ...]:
-    batch, components = theta.shape[:2]
-    return (
-        theta.new_empty(batch),
-        theta.new_empty(batch, components, values.shape[1]),
-        torch.empty_like(theta),
-        theta.new_empty(batch, components, values.shape[2]),
-    )
-
-
+_SIZES = "hidden layers of one width, at most 64 channels"
+_SLOW = "no gradients to features"
 _TWICE = "inr_mixture_log_likelihood has, and inr_mixture where the features need a gradient"
 
 
-def _outputs_setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.rest = inputs[3:]  # type: ignore[attr-defined]
+def _refusal(*arguments: Any) -> str | None:
+    inr = next(each for each in arguments if isinstance(each, Inr))
+    return triton_kernels("inr_mixture_plan").refusal(inr.widths)  # type: ignore[no-any-return]
 
 
-@float32_under_autocast
-def _outputs_backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("inr_mixture", _TWICE)
-    by_theta = torch.ops.vamoh.inr_mixture_backward(grad_outputs, *ctx.saved_tensors, *ctx.rest)
-    return (by_theta, *(None,) * 7)
+def _mixture(theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr, mask: Tensor | None = None) -> list[Any]:
+    """InrMixture of csrc/inr_mixture.h, with the address of theta, which is dense, as it lies."""
+    shared, step = (features, 0) if features.dim() == 2 else items(features)
+    sizes = (*theta.shape[:2], features.shape[-2])
+    network = (inr.activation == "sine", _slope(inr), inr.omega)
+    return [theta.data_ptr(), *theta.stride()[:2], shared, step, mirror, mask, inr.widths, *sizes, *network]
 
 
-torch.library.register_autograd("vamoh::inr_mixture", _outputs_backward, setup_context=_outputs_setup_context)
+def _dense(theta: Tensor) -> Tensor:
+    """`theta` with P contiguous and no gaps; functions or components come first."""
+    return theta if theta.is_contiguous() or theta.transpose(0, 1).is_contiguous() else theta.contiguous()
 
 
-def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
-) -> None:
-    _, log_p, grad_theta, grad_scale = output
-    ctx.save_for_backward(log_p, grad_theta, grad_scale)
-
-
-@float32_under_autocast
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, grad_value: Tensor, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("inr_mixture_expected_log_likelihood", _TWICE)
-    log_p, grad_theta, grad_scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    per_datum = grad_value[:, None, None]
-    by_scale = (per_datum * grad_scale).sum(0)
-    return (per_datum * grad_theta, None, None, per_datum * log_p, by_scale, *(None,) * 11)
-
-
-torch.library.register_autograd("vamoh::inr_mixture_expected_log_likelihood", _backward, setup_context=_setup_context)
+def _like(result: Tensor, theta: Tensor) -> Tensor:
+    """`result` with the strides that the op promises: those of `empty_like(theta)`."""
+    promised = torch.empty_like(theta) if not theta.is_contiguous() else result
+    return result if promised.stride() == result.stride() else promised.copy_(result)
 
 
 def inr_mixture_reference(theta: Tensor, features: Tensor, inr: Inr) -> Tensor:
@@ -336,287 +250,115 @@ def _backward_layers(
             grad = _activate_backward(layers[i][0].mT @ grad, before[i - 1], inr)
 
 
-@torch.library.impl("vamoh::inr_mixture", "CompositeExplicitAutograd")
-def _run_outputs(
-    theta: Tensor,
-    features: Tensor,
-    mirror: Tensor | None,
-    widths: Sequence[int],
-    activation: str,
-    slope: float,
-    omega: float,
-    backend: str | None,
-) -> Tensor:
-    inr = Inr(tuple(widths), activation, slope, omega)
-    chosen = _resolve("inr_mixture", theta, widths, backend)
-    if chosen == "reference":
-        return inr_mixture_reference(theta, features, inr).contiguous()
-    if chosen == "triton":
-        return triton_kernels("inr_mixture").outputs(  # type: ignore[no-any-return]
-            theta, features, mirror, widths, activation, slope, omega, triton_precision()
-        )
-    call = _NativeCall(theta, features, mirror, inr)
-    outputs = theta.new_empty(*theta.shape[:2], features.shape[-2], widths[-1])
-    native().inr_mixture(call.mixture, outputs=outputs.data_ptr(), **call.machine)
+def _outputs_reference(theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> Tensor:
+    return inr_mixture_reference(theta, features, inr).contiguous()
+
+
+def _empty_outputs(theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> Tensor:
+    return theta.new_empty(*theta.shape[:2], features.shape[-2], inr.widths[-1])
+
+
+_outputs = Op(
+    "inr_mixture(Tensor theta, Tensor features, Tensor? mirror, Inr inr) -> Tensor", _outputs_reference, _empty_outputs
+)
+
+
+@_outputs.backend("triton", limits=f"{_SIZES}; {_SLOW}", refusal=_refusal)
+def _(theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> Tensor:
+    kernels = triton_kernels("inr_mixture")
+    return kernels.outputs(theta, features, mirror, *inr, triton_precision())  # type: ignore[no-any-return]
+
+
+@_outputs.backend("cpu", limits=_SLOW)
+def _(call: Any, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> Tensor:
+    dense, outputs = _dense(theta), _empty_outputs(theta, features, mirror, inr)
+    call("inr_mixture", mixture=_mixture(dense, features, mirror, inr), outputs=outputs)
     return outputs
 
 
-@torch.library.impl("vamoh::inr_mixture_backward", "CompositeExplicitAutograd")
-def _run_outputs_backward(
-    grad_outputs: Tensor,
-    theta: Tensor,
-    features: Tensor,
-    mirror: Tensor | None,
-    widths: Sequence[int],
-    activation: str,
-    slope: float,
-    omega: float,
-    backend: str | None,
+def _backward_reference(
+    grad_outputs: Tensor, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr
 ) -> Tensor:
-    inr = Inr(tuple(widths), activation, slope, omega)
-    chosen = _resolve("inr_mixture", theta, widths, backend)
-    if chosen == "reference":
-        grad_theta = torch.empty_like(theta)
-        layers, inputs, before, _ = _forward(theta, features, inr)
-        _backward_layers(layers, inputs, before, grad_outputs.mT, unpack(grad_theta, widths), inr)
-        return grad_theta
-    if chosen == "triton":
-        grad_theta = triton_kernels("inr_mixture").outputs_backward(
-            grad_outputs, theta, features, mirror, widths, activation, slope, omega, triton_precision()
-        )
-        return _like(grad_theta, theta)
-    call = _NativeCall(theta, features, mirror, inr)
-    grad_outputs, grad_theta = grad_outputs.contiguous(), torch.empty_like(call.theta)
-    native().inr_mixture_backward(
-        call.mixture, grad_outputs=grad_outputs.data_ptr(), grad_theta=grad_theta.data_ptr(), **call.machine
-    )
+    grad_theta = torch.empty_like(theta)
+    layers, inputs, before, _ = _forward(theta, features, inr)
+    _backward_layers(layers, inputs, before, grad_outputs.mT, unpack(grad_theta, inr.widths), inr)
+    return grad_theta
+
+
+_outputs_backward = _outputs.derivative(
+    "inr_mixture_backward(Tensor grad_outputs, Tensor theta, Tensor features, Tensor? mirror, Inr inr) -> Tensor",
+    _backward_reference,
+    lambda grad_outputs, theta, *_: torch.empty_like(theta),
+)
+
+
+@_outputs_backward.backend("triton", refusal=_refusal)
+def _(grad_outputs: Tensor, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> Tensor:
+    kernels = triton_kernels("inr_mixture")
+    return _like(kernels.outputs_backward(grad_outputs, theta, features, mirror, *inr, triton_precision()), theta)
+
+
+@_outputs_backward.backend("cpu")
+def _(call: Any, grad_outputs: Tensor, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr) -> Tensor:
+    dense = _dense(theta)
+    grad_theta = torch.empty_like(dense)
+    mixture = _mixture(dense, features, mirror, inr)
+    call("inr_mixture_backward", mixture=mixture, grad_outputs=grad_outputs, grad_theta=grad_theta.data_ptr())
     return _like(grad_theta, theta)
 
 
-@torch.library.impl("vamoh::inr_mixture_log_likelihood", "CompositeExplicitAutograd")
-def _run_log_likelihood(
-    theta: Tensor,
-    features: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    mask: Tensor | None,
-    mirror: Tensor | None,
-    widths: Sequence[int],
-    activation: str,
-    slope: float,
-    omega: float,
-    likelihood: str,
-    half_bin: float,
-    epsilon: float,
-    open_ends: bool,
-    backend: str | None,
-) -> Tensor:
-    inr = Inr(tuple(widths), activation, slope, omega)
-    kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
-    chosen = _resolve("inr_mixture_log_likelihood", theta, widths, backend)
-    if chosen == "reference":
-        return inr_mixture_log_likelihood_reference(theta, features, values, scale, mask, inr, kind)
-    if chosen == "triton":
-        mirror = _observed_pairs(mirror, mask)
-        features, values = _observed(features, values, mask)
-        log_p = triton_kernels("inr_mixture").log_likelihood(
-            theta, features, values, scale, mirror, widths, activation, slope, omega, *kind, triton_precision()
-        )
-        return log_p if mask is None else torch.where(mask[:, None], log_p, 0)
-    call = _NativeCall(theta, features, mirror, inr, mask)
-    values, scale = values.contiguous(), scale.contiguous()
-    log_p = theta.new_empty(*theta.shape[:2], values.shape[1])
-    native().inr_mixture_log_likelihood(
-        call.mixture,
-        _native_likelihood(kind, scale),
-        values=values.data_ptr(),
-        log_p=log_p.data_ptr(),
-        **call.machine,
-    )
-    return log_p
-
-
-@torch.library.impl("vamoh::inr_mixture_mean", "CompositeExplicitAutograd")
-def _run_mean(
-    theta: Tensor,
-    features: Tensor,
-    log_pi: Tensor,
-    mirror: Tensor | None,
-    widths: Sequence[int],
-    activation: str,
-    slope: float,
-    omega: float,
-    likelihood: str,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    inr, kind = Inr(tuple(widths), activation, slope, omega), Likelihood(likelihood)
-    chosen = _resolve("inr_mixture_mean", theta, widths, backend)
-    if chosen == "reference":
-        return inr_mixture_mean_reference(theta, features, log_pi, inr, kind)
-    if chosen == "triton":
-        return triton_kernels("inr_mixture").mean(  # type: ignore[no-any-return]
-            theta, features, log_pi, mirror, widths, activation, slope, omega, likelihood, triton_precision()
-        )
-    call = _NativeCall(theta, features, mirror, inr)
-    log_pi = log_pi.contiguous()
-    means = theta.new_empty(theta.shape[0], features.shape[-2], widths[-1])
-    means_map = torch.empty_like(means)
-    native().inr_mixture_mean(
-        call.mixture,
-        _native_likelihood(kind, None),
-        log_pi=log_pi.data_ptr(),
-        uniform=log_pi.shape[2] == 1,
-        mean=means.data_ptr(),
-        mean_map=means_map.data_ptr(),
-        **call.machine,
-    )
-    return means, means_map
-
-
-@torch.library.impl("vamoh::inr_mixture_expected_log_likelihood", "CompositeExplicitAutograd")
-def _run_expected(
-    theta: Tensor,
-    features: Tensor,
-    values: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    mask: Tensor | None,
-    mirror: Tensor | None,
-    widths: Sequence[int],
-    activation: str,
-    slope: float,
-    omega: float,
-    likelihood: str,
-    half_bin: float,
-    epsilon: float,
-    open_ends: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inr = Inr(tuple(widths), activation, slope, omega)
-    kind = Likelihood(likelihood, half_bin, epsilon, open_ends)
-    chosen = _resolve("inr_mixture_expected_log_likelihood", theta, widths, backend)
-    if chosen == "reference":
-        return inr_mixture_expected_log_likelihood_reference(theta, features, values, weights, scale, mask, inr, kind)
-    if chosen == "triton":
-        mirror = _observed_pairs(mirror, mask)
-        features, values = _observed(features, values, mask)
-        weights = weights if mask is None else torch.where(mask[:, None], weights, 0)
-        value, log_p, grad_theta, grad_scale = triton_kernels("inr_mixture").expected_log_likelihood(
-            theta, features, values, weights, scale, mirror, widths, activation, slope, omega, *kind, triton_precision()
-        )
-        log_p = log_p if mask is None else torch.where(mask[:, None], log_p, 0)
-        return value, log_p, _like(grad_theta, theta), grad_scale
-    call = _NativeCall(theta, features, mirror, inr, mask)
-    values, weights, scale = values.contiguous(), weights.contiguous(), scale.contiguous()
-    value = theta.new_empty(theta.shape[0])
-    log_p = torch.empty_like(weights)
-    grad_theta = torch.empty_like(call.theta)
-    grad_scale = theta.new_empty(*theta.shape[:2], widths[-1])
-    native().inr_mixture_expected_log_likelihood(
-        call.mixture,
-        _native_likelihood(kind, scale),
-        values=values.data_ptr(),
-        weights=weights.data_ptr(),
-        value=value.data_ptr(),
-        log_p=log_p.data_ptr(),
-        grad_theta=grad_theta.data_ptr(),
-        grad_scale=grad_scale.data_ptr(),
-        **call.machine,
-    )
-    return value, log_p, _like(grad_theta, theta), grad_scale
-
-
-def _resolve(op: str, theta: Tensor, widths: Sequence[int], backend: str | None) -> str:
-    def refusal(name: str) -> str | None:
-        return triton_kernels("inr_mixture_plan").refusal(widths) if name == "triton" else None
-
-    return resolve(op, theta.device, theta.dtype, backend, refusal)
-
-
-class _NativeCall:
-    """Arguments every native function of this file takes; holds the tensors whose addresses they are."""
-
-    def __init__(
-        self, theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr, mask: Tensor | None = None
-    ) -> None:
-        dense = theta.is_contiguous() or theta.transpose(0, 1).is_contiguous()
-        self.theta = theta if dense else theta.contiguous()
-        self.features, step = (features.contiguous(), 0) if features.dim() == 2 else items(features)
-        count = features.shape[-2]
-        self.mask = None if mask is None else mask.contiguous()
-        self.mirror = None if mirror is None else mirror.contiguous()
-        self.mixture = native().InrMixture(
-            theta=self.theta.data_ptr(),
-            theta_batch_step=self.theta.stride(0),
-            theta_component_step=self.theta.stride(1),
-            features=self.features.data_ptr(),
-            features_step=step,
-            mirror=0 if self.mirror is None else self.mirror.data_ptr(),
-            mask=0 if self.mask is None else self.mask.data_ptr(),
-            widths=list(inr.widths),
-            batch=theta.shape[0],
-            components=theta.shape[1],
-            points=count,
-            sine=inr.activation == "sine",
-            slope=_slope(inr),
-            omega=inr.omega,
-        )
-        self.machine = {"threads": torch.get_num_threads(), "isa": native_isa()}
-
-
-def _native_likelihood(likelihood: Likelihood, scale: Tensor | None) -> Any:
-    return native().PointLikelihood(**likelihood._asdict(), scale=0 if scale is None else scale.data_ptr())
-
-
-def _like(result: Tensor, theta: Tensor) -> Tensor:
-    """`result` with the strides that the op promises: those of `empty_like(theta)`."""
-    promised = torch.empty_like(theta) if not theta.is_contiguous() else result
-    return result if promised.stride() == result.stride() else promised.copy_(result)
-
-
-def inr_mixture_mean_reference(
-    theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood
-) -> tuple[Tensor, Tensor]:
-    """Plain torch: mean of the mixture and of its most probable component [B, N, C]."""
-    batch, components, _ = theta.shape
-    count, channels = features.shape[-2], inr.widths[-1]
-    mixed = theta.new_empty(batch, count, channels)
-    mean_map = torch.empty_like(mixed)
-    log_pi = log_pi.expand(-1, -1, count)
-    for part in _chunks(count, batch * components * max(inr.widths[1:])):
-        mixed[:, part], mean_map[:, part] = _mean(theta, features[..., part, :], log_pi[..., part], inr, likelihood)
-    return mixed, mean_map
-
-
-def _mean(theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    return _mix(inr_mixture_reference(theta, features, inr), log_pi, likelihood)
-
-
-def _mix(outputs: Tensor, log_pi: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    means = mean(likelihood, outputs)  # [B, K, N, C]
-    best = log_pi.argmax(1)[:, None, :, None].expand(-1, 1, -1, means.shape[3])
-    return (log_pi.exp()[..., None] * means).sum(1), means.gather(1, best)[:, 0]
-
-
-def _plain_mean(
-    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, widths: Sequence[int], *rest: Any
-) -> tuple[Tensor, Tensor]:
-    *activation, likelihood, _ = rest
-    log_pi = log_pi.expand(-1, -1, features.shape[-2])
-    return _mean(theta, features, log_pi, Inr(tuple(widths), *activation), Likelihood(likelihood))
-
-
-register_plain("inr_mixture_mean", _plain_mean)
+@_outputs.gradient(saves=lambda *inputs_and_output: inputs_and_output[:-1], instead=_TWICE)
+def _(saved: Saved, grad: Tensor) -> tuple[Tensor]:
+    return (_outputs_backward(grad, *saved.values, backend=saved.backend),)
 
 
 def inr_mixture_log_likelihood_reference(
-    theta: Tensor, features: Tensor, values: Tensor, scale: Tensor, mask: Tensor | None, inr: Inr, kind: Likelihood
+    theta: Tensor,
+    features: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    mirror: Tensor | None,
+    inr: Inr,
+    kind: Likelihood,
 ) -> Tensor:
     """Plain torch: log-likelihoods [B, K, N], 0 outside the mask [B, N]."""
     features, values = _observed(features, values, mask)
     logits = inr_mixture_reference(theta, features, inr)
     log_p = log_likelihood(kind, logits, values[:, None], scale[:, None]).sum(-1)
     return log_p if mask is None else torch.where(mask[:, None], log_p, 0)
+
+
+_log_likelihood = Op(
+    "inr_mixture_log_likelihood(Tensor theta, Tensor features, Tensor values, Tensor scale, Tensor? mask, "
+    "Tensor? mirror, Inr inr, Likelihood likelihood) -> Tensor",
+    inr_mixture_log_likelihood_reference,
+    lambda theta, features, *_: theta.new_empty(*theta.shape[:2], features.shape[-2]),
+)
+
+
+@_log_likelihood.backend("triton", limits=f"{_SIZES}; no gradients", refusal=_refusal)
+def _(
+    theta: Tensor, features: Tensor, values: Tensor, scale: Tensor, mask: Tensor | None, mirror: Tensor | None,
+    inr: Inr, kind: Likelihood,
+) -> Tensor:  # fmt: skip
+    mirror = _observed_pairs(mirror, mask)
+    features, values = _observed(features, values, mask)
+    log_p: Tensor = triton_kernels("inr_mixture").log_likelihood(
+        theta, features, values, scale, mirror, *inr, *kind, triton_precision()
+    )
+    return log_p if mask is None else torch.where(mask[:, None], log_p, 0)
+
+
+@_log_likelihood.backend("cpu", limits="no gradients")
+def _(
+    call: Any, theta: Tensor, features: Tensor, values: Tensor, scale: Tensor, mask: Tensor | None,
+    mirror: Tensor | None, inr: Inr, kind: Likelihood,
+) -> Tensor:  # fmt: skip
+    dense, log_p = _dense(theta), theta.new_empty(*theta.shape[:2], values.shape[1])
+    mixture = _mixture(dense, features, mirror, inr, mask)
+    call("inr_mixture_log_likelihood", mixture=mixture, likelihood=[*kind, scale], values=values, log_p=log_p)
+    return log_p
 
 
 def inr_mixture_expected_log_likelihood_reference(
@@ -626,6 +368,7 @@ def inr_mixture_expected_log_likelihood_reference(
     weights: Tensor,
     scale: Tensor,
     mask: Tensor | None,
+    mirror: Tensor | None,
     inr: Inr,
     kind: Likelihood,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -651,6 +394,154 @@ def inr_mixture_expected_log_likelihood_reference(
         _backward_layers(layers, inputs, before, q * by_logit, unpack(grad_theta[part], widths), inr)
     log_p = log_p if mask is None else torch.where(mask[:, None], log_p, 0)
     return (weights * log_p).sum((1, 2)), log_p, grad_theta, grad_scale
+
+
+def _empty_expected(
+    theta: Tensor, features: Tensor, values: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, components = theta.shape[:2]
+    count, channels = values.shape[1:]
+    shapes = [batch], [batch, components, count], [batch, components, channels]
+    value, log_p, grad_scale = (theta.new_empty(shape) for shape in shapes)
+    return value, log_p, torch.empty_like(theta), grad_scale
+
+
+_expected_log_likelihood = Op(
+    "inr_mixture_expected_log_likelihood(Tensor theta, Tensor features, Tensor values, Tensor weights, Tensor scale, "
+    "Tensor? mask, Tensor? mirror, Inr inr, Likelihood likelihood) "
+    "-> (Tensor value, Tensor log_likelihood, Tensor grad_theta, Tensor grad_scale)",
+    inr_mixture_expected_log_likelihood_reference,
+    _empty_expected,
+)
+
+
+@_expected_log_likelihood.backend("triton", limits=f"{_SIZES}; {_SLOW}", refusal=_refusal)
+def _(
+    theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, mask: Tensor | None,
+    mirror: Tensor | None, inr: Inr, kind: Likelihood,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mirror = _observed_pairs(mirror, mask)
+    features, values = _observed(features, values, mask)
+    weights = weights if mask is None else torch.where(mask[:, None], weights, 0)
+    value, log_p, grad_theta, grad_scale = triton_kernels("inr_mixture").expected_log_likelihood(
+        theta, features, values, weights, scale, mirror, *inr, *kind, triton_precision()
+    )
+    log_p = log_p if mask is None else torch.where(mask[:, None], log_p, 0)
+    return value, log_p, _like(grad_theta, theta), grad_scale
+
+
+@_expected_log_likelihood.backend("cpu", limits=_SLOW)
+def _(
+    call: Any, theta: Tensor, features: Tensor, values: Tensor, weights: Tensor, scale: Tensor, mask: Tensor | None,
+    mirror: Tensor | None, inr: Inr, kind: Likelihood,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    value, log_p, _, grad_scale = _empty_expected(theta, features, values)
+    dense = _dense(theta)
+    grad_theta = torch.empty_like(dense)
+    call(
+        "inr_mixture_expected_log_likelihood",
+        mixture=_mixture(dense, features, mirror, inr, mask),
+        likelihood=[*kind, scale],
+        values=values,
+        weights=weights,
+        value=value,
+        log_p=log_p,
+        grad_theta=grad_theta.data_ptr(),
+        grad_scale=grad_scale,
+    )
+    return value, log_p, _like(grad_theta, theta), grad_scale
+
+
+@_expected_log_likelihood.gradient(saves=lambda *inputs_and_output: inputs_and_output[-1][1:], instead=_TWICE)
+def _(saved: Saved, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_value is None:
+        return ()
+    log_p, grad_theta, grad_scale = saved.values
+    grad = grad_value[:, None, None]
+    by_scale = (grad * grad_scale).sum(0) if saved.needed[4] else None
+    by_theta, by_weights = (
+        grad * each if need else None for each, need in ((grad_theta, saved.needed[0]), (log_p, saved.needed[3]))
+    )
+    return by_theta, None, None, by_weights, by_scale
+
+
+def inr_mixture_mean_reference(
+    theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood
+) -> tuple[Tensor, Tensor]:
+    """Plain torch: mean of the mixture and of its most probable component [B, N, C]."""
+    batch, components, _ = theta.shape
+    count, channels = features.shape[-2], inr.widths[-1]
+    mixed = theta.new_empty(batch, count, channels)
+    mean_map = torch.empty_like(mixed)
+    log_pi = log_pi.expand(-1, -1, count)
+    for part in _chunks(count, batch * components * max(inr.widths[1:])):
+        mixed[:, part], mean_map[:, part] = _mean(theta, features[..., part, :], log_pi[..., part], inr, likelihood)
+    return mixed, mean_map
+
+
+def _mean_reference(
+    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, inr: Inr, kind: str
+) -> tuple[Tensor, Tensor]:
+    return inr_mixture_mean_reference(theta, features, log_pi, inr, Likelihood(kind))
+
+
+def _mean(theta: Tensor, features: Tensor, log_pi: Tensor, inr: Inr, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    return _mix(inr_mixture_reference(theta, features, inr), log_pi, likelihood)
+
+
+def _mix(outputs: Tensor, log_pi: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    means = mean(likelihood, outputs)  # [B, K, N, C]
+    best = log_pi.argmax(1)[:, None, :, None].expand(-1, 1, -1, means.shape[3])
+    return (log_pi.exp()[..., None] * means).sum(1), means.gather(1, best)[:, 0]
+
+
+def _empty_means(
+    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, inr: Inr, kind: str
+) -> tuple[Tensor, Tensor]:
+    means = theta.new_empty(theta.shape[0], features.shape[-2], inr.widths[-1])
+    return means, torch.empty_like(means)
+
+
+def _plain_mean(
+    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, inr: Inr, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Of all points at once, whatever their number."""
+    return _mean(theta, features, log_pi.expand(-1, -1, features.shape[-2]), inr, Likelihood(kind))
+
+
+_mixed_mean = Op(
+    "inr_mixture_mean(Tensor theta, Tensor features, Tensor log_pi, Tensor? mirror, Inr inr, str likelihood) "
+    "-> (Tensor, Tensor)",
+    _mean_reference,
+    _empty_means,
+    plain=_plain_mean,
+)
+
+
+@_mixed_mean.backend("triton", limits=_SIZES, refusal=_refusal)
+def _(
+    theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, inr: Inr, kind: str
+) -> tuple[Tensor, Tensor]:
+    kernels = triton_kernels("inr_mixture")
+    return kernels.mean(theta, features, log_pi, mirror, *inr, kind, triton_precision())  # type: ignore[no-any-return]
+
+
+@_mixed_mean.backend("cpu")
+def _(
+    call: Any, theta: Tensor, features: Tensor, log_pi: Tensor, mirror: Tensor | None, inr: Inr, kind: str
+) -> tuple[Tensor, Tensor]:
+    dense = _dense(theta)
+    means, means_map = _empty_means(theta, features, log_pi, mirror, inr, kind)
+    call(
+        "inr_mixture_mean",
+        mixture=_mixture(dense, features, mirror, inr),
+        likelihood=[*Likelihood(kind), None],
+        log_pi=log_pi,
+        uniform=log_pi.shape[2] == 1,
+        mean=means,
+        mean_map=means_map,
+    )
+    return means, means_map
 
 
 def _observed(features: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -690,16 +581,3 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
     """Slices of `count` items of `size` hidden values each."""
     step = max(1, _CHUNK // max(size, 1))
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
-
-
-_SLOW = "no gradients to features"
-for _op, _limits in (
-    ("inr_mixture", _SLOW),
-    ("inr_mixture_log_likelihood", "no gradients"),
-    ("inr_mixture_expected_log_likelihood", _SLOW),
-    ("inr_mixture_mean", ""),
-):
-    _sizes = "; ".join(part for part in ("hidden layers of one width, at most 64 channels", _limits) if part)
-    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable, limits=_sizes)
-    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable, limits=_limits)
-    register(_op, "reference")

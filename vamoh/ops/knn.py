@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vamoh._cache import version
 from vamoh._checks import check_positive, check_tensor, may_look
-from vamoh.ops._backend import call_native, cuda_unavailable, items, native_unavailable, register, resolve
-from vamoh.ops._points import POINTS, check_mask, check_places, check_points, squared_distances
+from vamoh.ops._native import items
+from vamoh.ops._op import Op
+from vamoh.ops._points import POINTS, check_mask, check_places, check_points, name_of, squared_distances
 
 _CHUNK = 1 << 18
 """Most distances alive at once in the reference."""
@@ -48,50 +49,15 @@ def knn(
     batch = check_mask(where, mask, points, batch if points_batch is None else points_batch)
     check_positive(where, "num_neighbors", num_neighbors)
     lead = [1 if batch is None else batch]
-    index: Tensor = torch.ops.vamoh.knn(
+    index: Tensor = _knn(
         points.detach().expand(*lead, -1, -1),
         queries.detach().expand(*lead, -1, -1),
         num_neighbors,
         None if mask is None else mask.expand(*lead, -1),
         table.detach() if table is not None and table.requires_grad else table,
-        backend,
+        backend=backend,
     )
     return index[0] if batch is None else index
-
-
-torch.library.define(
-    "vamoh::knn",
-    "(Tensor points, Tensor queries, int num_neighbors, Tensor? mask, Tensor? table, str? backend) -> Tensor",
-)
-
-
-@torch.library.register_fake("vamoh::knn")
-def _fake(points: Tensor, queries: Tensor, num_neighbors: int, *_: object) -> Tensor:
-    return queries.new_empty((*queries.shape[:2], num_neighbors), dtype=torch.int64)
-
-
-@torch.library.impl("vamoh::knn", "CompositeExplicitAutograd")
-def _run(
-    points: Tensor,
-    queries: Tensor,
-    num_neighbors: int,
-    mask: Tensor | None,
-    table: Tensor | None,
-    backend: str | None,
-) -> Tensor:
-    batch, count, _ = points.shape
-    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [count] * batch
-    fewest = min(counts, default=num_neighbors)
-    if fewest < num_neighbors:
-        item = "" if mask is None else f" in item {counts.index(fewest)}"
-        raise ValueError(f"knn: num_neighbors must be at most the {fewest} candidates{item}, got {num_neighbors}")
-    if table is not None:
-        check_places("knn", "points", points, table)
-        check_places("knn", "queries", queries, table)
-    chosen = resolve("knn", points.device, points.dtype, backend)
-    if chosen == "reference":
-        return knn_reference(points, queries, num_neighbors, mask, table)
-    return _native(chosen, points, queries, num_neighbors, mask, table)
 
 
 def knn_reference(
@@ -113,39 +79,73 @@ def knn_reference(
     return index
 
 
-def _native(
-    backend: str, points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None
+def _fake(points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None) -> Tensor:
+    return queries.new_empty((*queries.shape[:2], num_neighbors), dtype=torch.int64)
+
+
+def _check_contents(
+    points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None
+) -> None:
+    batch, count, _ = points.shape
+    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [count] * batch
+    fewest = min(counts, default=num_neighbors)
+    if fewest < num_neighbors:
+        item = "" if mask is None else f" in item {counts.index(fewest)}"
+        raise ValueError(f"knn: num_neighbors must be at most the {fewest} candidates{item}, got {num_neighbors}")
+    if table is not None:
+        check_places("knn", "points", points, table)
+        check_places("knn", "queries", queries, table)
+
+
+_knn = Op(
+    "knn(Tensor points, Tensor queries, int num_neighbors, Tensor? mask, Tensor? table) -> Tensor",
+    knn_reference,
+    _fake,
+    check=_check_contents,
+)
+
+
+@_knn.backend("cpu", dtypes=POINTS)
+def _(
+    call: Any, points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None
+) -> Tensor:
+    if table is None:
+        return _run(call, points, queries, num_neighbors, mask, None)
+    order = _nearest_cells(table, points.shape[1], queries.shape[1], num_neighbors)
+    return _run(call, points, queries, num_neighbors, mask, table, order=order, length=len(order))
+
+
+@_knn.backend("cuda", dtypes=POINTS)
+def _run(
+    call: Any,
+    points: Tensor,
+    queries: Tensor,
+    num_neighbors: int,
+    mask: Tensor | None,
+    table: Tensor | None,
+    **cells: Any,
 ) -> Tensor:
     batch, count, dims = points.shape
-    num_queries = queries.shape[1]
-    index = torch.empty(batch, num_queries, num_neighbors, dtype=torch.int64, device=points.device)
-    points, points_step = items(points)
-    queries, queries_step = items(queries)
-    mask, mask_step = (None, 0) if mask is None else items(mask)
-    common = {
-        "points": points.data_ptr(),
-        "points_step": points_step,
-        "queries": queries.data_ptr(),
-        "queries_step": queries_step,
-        "mask": 0 if mask is None else mask.data_ptr(),
-        "mask_step": mask_step,
-        "out": index.data_ptr(),
-        "batch": batch,
-        "count": count,
-        "num_queries": num_queries,
-        "neighbors": num_neighbors,
-        "is_double": (points if table is None else table).dtype == torch.float64,
-    }
-    if table is None:
-        call_native("knn", backend, points.device, **common, dims=dims)
-    else:
-        table = table.contiguous()
-        common |= {"table": table.data_ptr(), "table_size": len(table)}
-        if backend == "cuda":
-            call_native("knn_by_table", backend, points.device, **common)
-        else:
-            order = _nearest_cells(table, count, num_queries, num_neighbors)
-            call_native("knn_by_table", backend, points.device, **common, order=order.data_ptr(), length=len(order))
+    index = points.new_empty((batch, queries.shape[1], num_neighbors), dtype=torch.int64)
+    clouds, points_step = items(points)
+    centers, queries_step = items(queries)
+    mask, mask_step = items(mask)
+    metric: dict[str, Any] = {"dims": dims} if table is None else {"table": table, "table_size": len(table), **cells}
+    call(
+        f"knn_{name_of(points)}" if table is None else f"knn_by_table_{name_of(table)}",
+        points=clouds,
+        points_step=points_step,
+        queries=centers,
+        queries_step=queries_step,
+        mask=mask,
+        mask_step=mask_step,
+        out=index,
+        batch=batch,
+        count=count,
+        num_queries=queries.shape[1],
+        neighbors=num_neighbors,
+        **metric,
+    )
     return index
 
 
@@ -182,7 +182,3 @@ class _Order(NamedTuple):
 _FEWEST_CELLS = 64
 
 _ORDERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-register("knn", "cpu", devices=["cpu"], dtypes=POINTS, unavailable=native_unavailable)
-register("knn", "cuda", devices=["cuda"], dtypes=POINTS, unavailable=cuda_unavailable)
-register("knn", "reference")

@@ -7,7 +7,7 @@ Layer t: f(v) = v + û_t · leaky(w_t·v + b_t) with û = u + (softplus(w·u) - 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor
-from vamoh.ops._backend import (
-    float32_under_autocast,
-    native,
-    native_isa,
-    native_unavailable,
-    refuse_second_derivatives,
-    register,
-    require_reference,
-    resolve,
-    triton_kernels,
-    triton_unavailable,
-)
+from vamoh.ops._autocast import float32_under_autocast
+from vamoh.ops._native import triton_kernels
 from vamoh.ops._noise import CounterNoise, check_noise, counter_noise_reference
+from vamoh.ops._op import Op, Saved, require_reference
 
 _CHUNK = 1 << 20
 """Most values [S, B, Z] of all layers alive at once in the one-pass reference."""
@@ -44,6 +35,18 @@ class PlanarFlow(NamedTuple):
     slope: float = 0.2
 
 
+class Constrained(NamedTuple):
+    """A flow as the ops take it: û and gain = 1 + w·û instead of u; else as `PlanarFlow`."""
+
+    u_hat: Tensor
+    gain: Tensor
+    w: Tensor
+    b: Tensor
+    loc: Tensor
+    log_scale: Tensor
+    slope: float
+
+
 @float32_under_autocast
 def planar_flow_log_prob(z: Tensor, flow: PlanarFlow, *, backend: str | None = None) -> Tensor:
     """Log-density [S] in nats of samples z [S, Z], float32 or float64; differentiable once in z and the parameters.
@@ -53,7 +56,7 @@ def planar_flow_log_prob(z: Tensor, flow: PlanarFlow, *, backend: str | None = N
     where = "planar_flow_log_prob"
     check_tensor(where, "z", z, ["S", "Z"], dtypes=FLOATING)
     _check(where, flow, z)
-    return torch.ops.vamoh.planar_flow_log_prob(z, *_constrained(flow), flow.slope, backend)  # type: ignore[no-any-return]
+    return _log_prob(z, _constrained(flow), backend=backend)  # type: ignore[no-any-return]
 
 
 @float32_under_autocast
@@ -73,17 +76,16 @@ def planar_flow_expected_log_prob(
     check_noise(where, "noise", noise, mean)
     given, seed, samples = (None, *noise) if isinstance(noise, CounterNoise) else (noise, None, len(noise))
     learn = torch.is_grad_enabled()
-    value: Tensor = torch.ops.vamoh.planar_flow_expected_log_prob(
+    value: Tensor = _expected_log_prob(
         mean,
         std,
-        *_constrained(flow),
-        flow.slope,
+        _constrained(flow),
         given,
         seed,
         samples,
         learn and (mean.requires_grad or std.requires_grad),
         learn and any(parameter.requires_grad for parameter in flow[:5]),
-        backend,
+        backend=backend,
     )[0]
     return value
 
@@ -103,7 +105,7 @@ def planar_flow_sample(noise: Tensor, flow: PlanarFlow, *, backend: str | None =
         base = flow.loc + flow.log_scale.exp() * noise
         z, log_det = planar_flow_forward_reference(base, flow)
         return z, normal_log_prob(base, flow.loc, flow.log_scale) - log_det
-    z, log_p = torch.ops.vamoh.planar_flow_sample(noise, *_constrained(flow), flow.slope, backend)
+    z, log_p = _sample(noise, _constrained(flow), backend=backend)
     return z, log_p
 
 
@@ -134,274 +136,16 @@ def _constrain(flow: PlanarFlow) -> tuple[Tensor, Tensor]:
     return flow.u + torch.where(bends, correction, 0.0)[:, None] * flow.w, gain
 
 
-def _constrained(flow: PlanarFlow) -> tuple[Tensor, ...]:
-    """The tensors as the compiled ops take them: û, gain, w, b, loc, log_scale."""
-    return (*_constrain(flow), flow.w, flow.b, flow.loc, flow.log_scale)
+def _constrained(flow: PlanarFlow) -> Constrained:
+    return Constrained(*_constrain(flow), flow.w, flow.b, flow.loc, flow.log_scale, flow.slope)
 
 
-_PARAMETERS = "Tensor u_hat, Tensor gain, Tensor w, Tensor b, Tensor loc, Tensor log_scale, float slope"
-_GRADIENTS = "Tensor grad_u_hat, Tensor grad_gain, Tensor grad_w, Tensor grad_b, Tensor grad_loc, Tensor grad_log_scale"
-# Gradients that are not asked for are empty tensors.
-torch.library.define("vamoh::planar_flow_log_prob", f"(Tensor z, {_PARAMETERS}, str? backend) -> Tensor")
-torch.library.define(
-    "vamoh::planar_flow_log_prob_backward",
-    f"(Tensor grad, Tensor z, {_PARAMETERS}, bool grad_z, bool grad_flow, str? backend) "
-    f"-> (Tensor z_grad, {_GRADIENTS})",
-)
-torch.library.define(
-    "vamoh::planar_flow_sample", f"(Tensor noise, {_PARAMETERS}, str? backend) -> (Tensor z, Tensor log_p)"
-)
-torch.library.define(
-    "vamoh::planar_flow_expected_log_prob",
-    f"(Tensor mean, Tensor std, {_PARAMETERS}, Tensor? noise, Tensor? seed, SymInt samples, bool grad_posterior, "
-    f"bool grad_flow, str? backend) -> (Tensor value, Tensor grad_mean, Tensor grad_std, {_GRADIENTS})",
-)
-
-
-@torch.library.register_fake("vamoh::planar_flow_log_prob")
-def _fake_log_prob(z: Tensor, *_: object) -> Tensor:
-    return z.new_empty(z.shape[0])
-
-
-@torch.library.register_fake("vamoh::planar_flow_log_prob_backward")
-def _fake_backward(
-    grad: Tensor, z: Tensor, u_hat: Tensor, gain: Tensor, w: Tensor, b: Tensor, loc: Tensor, log_scale: Tensor,
-    slope: float, grad_z: bool, grad_flow: bool, backend: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return (_like(z, grad_z), *(_like(p, grad_flow) for p in (u_hat, gain, w, b, loc, log_scale)))
-
-
-@torch.library.register_fake("vamoh::planar_flow_expected_log_prob")
-def _fake_expected(
-    mean: Tensor, std: Tensor, u_hat: Tensor, gain: Tensor, w: Tensor, b: Tensor, loc: Tensor, log_scale: Tensor,
-    slope: float, noise: Tensor | None, seed: Tensor | None, samples: int, grad_posterior: bool, grad_flow: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    batch = mean.shape[0]
-    flow = (_like(p, grad_flow, batch) for p in (u_hat, gain, w, b, loc, log_scale))
-    return (mean.new_empty(batch), _like(mean, grad_posterior), _like(std, grad_posterior), *flow)
-
-
-@torch.library.register_fake("vamoh::planar_flow_sample")
-def _fake_sample(noise: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return noise.new_empty(noise.shape), noise.new_empty(noise.shape[0])
-
-
-def _like(x: Tensor, wanted: bool, *lead: int) -> Tensor:
-    return x.new_empty((*lead, *x.shape) if wanted else 0)
-
-
-def _setup_log_prob(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.slope, ctx.backend = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(*tensors)
-
-
-@float32_under_autocast
-def _backward_log_prob(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("planar_flow_log_prob")
-    wanted: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
-    grads: tuple[Tensor, ...] = torch.ops.vamoh.planar_flow_log_prob_backward(
-        grad, *ctx.saved_tensors, ctx.slope, wanted[0], any(wanted[1:7]), ctx.backend  # type: ignore[attr-defined]
-    )  # fmt: skip
-    return (*(g if want else None for g, want in zip(grads, wanted[:7], strict=True)), None, None)
-
-
-def _setup_expected(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
-    ctx.save_for_backward(*output[1:])
-
-
-@float32_under_autocast
-def _backward_expected(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("planar_flow_expected_log_prob")
-    wanted: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
-    saved: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads: list[Tensor | None] = [None] * len(wanted)
-    for i, each in enumerate(saved):
-        if wanted[i]:
-            weighted = grad.view([-1] + [1] * (each.dim() - 1)) * each
-            grads[i] = weighted if i < 2 else weighted.sum(0)
-    return tuple(grads)
-
-
-torch.library.register_autograd("vamoh::planar_flow_log_prob", _backward_log_prob, setup_context=_setup_log_prob)
-torch.library.register_autograd(
-    "vamoh::planar_flow_expected_log_prob", _backward_expected, setup_context=_setup_expected
-)
-
-
-@torch.library.impl("vamoh::planar_flow_log_prob", "CompositeExplicitAutograd")
-def _run_log_prob(z: Tensor, *arguments: Any) -> Tensor:
-    *parameters, slope, backend = arguments
-    chosen = _resolve("planar_flow_log_prob", z, backend)
-    if chosen == "reference":
-        return _reference(z[:, None], None, parameters, slope)[0][:, 0]
-    if chosen == "triton":
-        return triton_kernels("planar_flow").log_prob(z, parameters, slope)  # type: ignore[no-any-return]
-    out, z = z.new_empty(len(z)), z.contiguous()
-    flow, sizes = _native_arguments(parameters, slope)
-    native().planar_flow_log_prob(flow=_addresses(flow), z=z.data_ptr(), out=out.data_ptr(), samples=len(z), **sizes)
-    return out
-
-
-@torch.library.impl("vamoh::planar_flow_log_prob_backward", "CompositeExplicitAutograd")
-def _run_backward(grad: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *parameters, slope, grad_z, grad_flow, backend = arguments
-    chosen = _resolve("planar_flow_log_prob", z, backend)
-    if chosen == "triton":
-        return triton_kernels("planar_flow").log_prob_backward(  # type: ignore[no-any-return]
-            grad, z, parameters, slope, grad_z, grad_flow
-        )
-    if chosen == "reference":
-        by_z, by_flow = torch.empty_like(z), [torch.zeros_like(p) for p in parameters]
-        for part in _chunks(len(z), z.shape[1] * len(parameters[1])):
-            _, by_z[part, None], found = _reference(z[part, None], grad[part, None], parameters, slope)
-            for total, each in zip(by_flow, found, strict=True):
-                total += each[0]
-        return (by_z if grad_z else z.new_empty(0), *(g if grad_flow else g.new_empty(0) for g in by_flow))
-    z, grad = z.contiguous(), grad.contiguous()
-    flow, sizes = _native_arguments(parameters, slope)
-    by_z, by_flow = _like(z, grad_z), [_like(p, grad_flow) for p in flow]
-    native().planar_flow_log_prob_backward(
-        flow=_addresses(flow),
-        z=z.data_ptr(),
-        grad=grad.data_ptr(),
-        grad_z=by_z.data_ptr() if grad_z else 0,
-        gradient=_addresses(by_flow) if grad_flow else [0] * 6,
-        samples=len(z),
-        **sizes,
-    )
-    return (by_z, *by_flow)
-
-
-@torch.library.impl("vamoh::planar_flow_expected_log_prob", "CompositeExplicitAutograd")
-def _run_expected(mean: Tensor, std: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *parameters, slope, noise, seed, samples, grad_posterior, grad_flow, backend = arguments
-    batch, latent = mean.shape
-    chosen = _resolve("planar_flow_expected_log_prob", mean, backend)
-    if chosen == "reference":
-        return _expected_reference(mean, std, parameters, slope, noise, seed, samples, grad_posterior, grad_flow)
-    if chosen == "triton":
-        return triton_kernels("planar_flow").expected_log_prob(  # type: ignore[no-any-return]
-            mean, std, parameters, slope, noise, seed, samples, grad_posterior, grad_flow
-        )
-    mean, std = mean.contiguous(), std.contiguous()
-    noise = None if noise is None else noise.contiguous()
-    flow, sizes = _native_arguments(parameters, slope)
-    value, by_mean, by_std = mean.new_empty(batch), _like(mean, grad_posterior), _like(std, grad_posterior)
-    by_flow = [_like(p, grad_flow, batch) for p in flow]
-    native().planar_flow_expected_log_prob(
-        flow=_addresses(flow),
-        mean=mean.data_ptr(),
-        std=std.data_ptr(),
-        noise=0 if noise is None else noise.data_ptr(),
-        seed=0 if seed is None else int(seed),
-        value=value.data_ptr(),
-        grad_mean=by_mean.data_ptr() if grad_posterior else 0,
-        grad_std=by_std.data_ptr() if grad_posterior else 0,
-        gradient=_addresses(by_flow) if grad_flow else [0] * 6,
-        batch=batch,
-        samples=samples,
-        **sizes,
-    )
-    return (value, by_mean, by_std, *by_flow)
-
-
-@torch.library.impl("vamoh::planar_flow_sample", "CompositeExplicitAutograd")
-def _run_sample(noise: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *parameters, slope, backend = arguments
-    chosen = _resolve("planar_flow_sample", noise, backend)
-    if chosen == "triton":
-        return triton_kernels("planar_flow").sample(noise, parameters, slope)  # type: ignore[no-any-return]
-    if chosen == "reference":
-        u_hat, gain, w, b, loc, log_scale = parameters
-        base = loc + log_scale.exp() * noise
-        z, log_det = _forward(base, u_hat, gain, w, b, slope)
-        return z, normal_log_prob(base, loc, log_scale) - log_det
-    noise = noise.contiguous()
-    z, log_p = noise.new_empty(noise.shape), noise.new_empty(len(noise))
-    flow, sizes = _native_arguments(parameters, slope)
-    native().planar_flow_sample(
-        flow=_addresses(flow),
-        noise=noise.data_ptr(),
-        z=z.data_ptr(),
-        log_p=log_p.data_ptr(),
-        samples=len(noise),
-        **sizes,
-    )
-    return z, log_p
-
-
-def _resolve(op: str, x: Tensor, backend: str | None) -> str:
-    """Backend for samples or means x [..., Z]."""
-
-    def refusal(name: str) -> str | None:
-        return triton_kernels("planar_flow_plan").refusal(x.shape[-1]) if name == "triton" else None
-
-    return resolve(op, x.device, x.dtype, backend, refusal)
-
-
-def _native_arguments(parameters: Sequence[Tensor], slope: float) -> tuple[list[Tensor], dict[str, Any]]:
-    """Contiguous parameters, to be kept while the kernel runs, and the arguments that all kernels take."""
-    layers, latent = parameters[0].shape
-    sizes = {
-        "layers": layers,
-        "latent": latent,
-        "slope": slope,
-        "threads": torch.get_num_threads(),
-        "isa": native_isa(),
-    }
-    return [p.contiguous() for p in parameters], sizes
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
-
-
-def _expected_reference(
-    mean: Tensor,
-    std: Tensor,
-    parameters: Sequence[Tensor],
-    slope: float,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    samples: int,
-    grad_posterior: bool,
-    grad_flow: bool,
-) -> tuple[Tensor, ...]:
-    """Plain torch, some samples at a time: value [B] and the gradients of every function, as the op returns them."""
-    batch, latent = mean.shape
-    value, by_mean, by_std = mean.new_zeros(batch), torch.zeros_like(mean), torch.zeros_like(std)
-    by_flow = [p.new_zeros(batch, *p.shape) for p in parameters]
-    for part in _chunks(samples, batch * latent * len(parameters[1])):
-        if seed is None:
-            eps = noise[part]  # type: ignore[index]
-        else:
-            eps = counter_noise_reference(seed, range(part.start, part.stop), batch, latent, mean.dtype)
-        weight = mean.new_full((len(eps), batch), 1 / samples) if grad_posterior or grad_flow else None
-        log_p, by_z, found = _reference(mean + std * eps, weight, parameters, slope)
-        value += log_p.sum(0) / samples
-        if weight is None:
-            continue
-        by_mean += by_z.sum(0)
-        by_std += (eps * by_z).sum(0)
-        for total, each in zip(by_flow, found, strict=True):
-            total += each
-    posterior = (g if grad_posterior else g.new_empty(0) for g in (by_mean, by_std))
-    return (value, *posterior, *(g if grad_flow else g.new_empty(0) for g in by_flow))
-
-
-def _reference(
-    z: Tensor, weight: Tensor | None, parameters: Sequence[Tensor], slope: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _reference(z: Tensor, weight: Tensor | None, flow: Constrained) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Plain torch: log-density [S, B] of z [S, B, Z], and the gradients of its sum over S, weighted [S, B].
 
     To z, and to the parameters of every function: [B, T, Z], ... Without weights these are empty.
     """
-    u_hat, gain, w, b, loc, log_scale = parameters
+    u_hat, gain, w, b, loc, log_scale, slope = flow
     x, states = z, []
     log_det = z.new_zeros(z.shape[:2])
     for t in reversed(range(len(b))):
@@ -466,12 +210,223 @@ def _forward(base: Tensor, u_hat: Tensor, gain: Tensor, w: Tensor, b: Tensor, sl
     return z, log_det
 
 
-for _op, _limits in (
-    ("planar_flow_log_prob", ""),
-    ("planar_flow_expected_log_prob", ""),
-    ("planar_flow_sample", "no gradients"),
-):
-    _wide = "at most 1024 dimensions" + (f"; {_limits}" if _limits else "")
-    register(_op, "triton", devices=["cuda"], dtypes=[torch.float32], unavailable=triton_unavailable, limits=_wide)
-    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable, limits=_limits)
-    register(_op, "reference")
+def _log_prob_reference(z: Tensor, flow: Constrained) -> Tensor:
+    return _reference(z[:, None], None, flow)[0][:, 0]
+
+
+def _empty_log_prob(z: Tensor, flow: Constrained) -> Tensor:
+    return z.new_empty(z.shape[0])
+
+
+_log_prob = Op("planar_flow_log_prob(Tensor z, Constrained flow) -> Tensor", _log_prob_reference, _empty_log_prob)
+
+_WIDE = "at most 1024 dimensions"
+
+
+def _refusal(*arguments: Any) -> str | None:
+    flow = next(each for each in arguments if isinstance(each, Constrained))
+    return triton_kernels("planar_flow_plan").refusal(flow.loc.shape[0])  # type: ignore[no-any-return]
+
+
+@_log_prob.backend("triton", limits=_WIDE, refusal=_refusal)
+def _(z: Tensor, flow: Constrained) -> Tensor:
+    return triton_kernels("planar_flow").log_prob(z, flow[:6], flow.slope)  # type: ignore[no-any-return]
+
+
+@_log_prob.backend("cpu")
+def _(call: Any, z: Tensor, flow: Constrained) -> Tensor:
+    out = _empty_log_prob(z, flow)
+    call("planar_flow_log_prob", flow=_native_flow(flow), z=z, out=out, samples=len(z))
+    return out
+
+
+def _native_flow(flow: Constrained) -> list[Any]:
+    """PlanarFlow of csrc/planar_flow.h."""
+    return [*flow[:6], *flow.u_hat.shape, flow.slope]
+
+
+def _backward_reference(grad: Tensor, z: Tensor, flow: Constrained, by_z: bool, by_flow: bool) -> tuple[Tensor, ...]:
+    grad_z, grad_flow = torch.empty_like(z), [torch.zeros_like(p) for p in flow[:6]]
+    for part in _chunks(len(z), z.shape[1] * len(flow.gain)):
+        _, grad_z[part, None], found = _reference(z[part, None], grad[part, None], flow)
+        for total, each in zip(grad_flow, found, strict=True):
+            total += each[0]
+    return (grad_z if by_z else z.new_empty(0), *(g if by_flow else g.new_empty(0) for g in grad_flow))
+
+
+def _like(x: Tensor, wanted: bool, *lead: int) -> Tensor:
+    return x.new_empty((*lead, *x.shape) if wanted else 0)
+
+
+def _empty_grads(grad: Tensor, z: Tensor, flow: Constrained, by_z: bool, by_flow: bool) -> tuple[Tensor, ...]:
+    return (_like(z, by_z), *(_like(p, by_flow) for p in flow[:6]))
+
+
+# Gradients that are not asked for are empty tensors.
+_GRADIENTS = "Tensor grad_u_hat, Tensor grad_gain, Tensor grad_w, Tensor grad_b, Tensor grad_loc, Tensor grad_log_scale"
+_log_prob_backward = _log_prob.derivative(
+    "planar_flow_log_prob_backward(Tensor grad, Tensor z, Constrained flow, bool by_z, bool by_flow) "
+    f"-> (Tensor grad_z, {_GRADIENTS})",
+    _backward_reference,
+    _empty_grads,
+)
+
+
+@_log_prob_backward.backend("triton", refusal=_refusal)
+def _(grad: Tensor, z: Tensor, flow: Constrained, by_z: bool, by_flow: bool) -> tuple[Tensor, ...]:
+    kernels = triton_kernels("planar_flow")
+    return kernels.log_prob_backward(grad, z, flow[:6], flow.slope, by_z, by_flow)  # type: ignore[no-any-return]
+
+
+@_log_prob_backward.backend("cpu")
+def _(call: Any, grad: Tensor, z: Tensor, flow: Constrained, by_z: bool, by_flow: bool) -> tuple[Tensor, ...]:
+    grads = _empty_grads(grad, z, flow, by_z, by_flow)
+    call(
+        "planar_flow_log_prob_backward",
+        flow=_native_flow(flow),
+        z=z,
+        grad=grad,
+        grad_z=grads[0] if by_z else None,
+        gradient=list(grads[1:]) if by_flow else _NONE,
+        samples=len(z),
+    )
+    return grads
+
+
+_NONE = [None] * 6
+
+
+@_log_prob.gradient(saves=lambda z, flow, out: (z, *flow))
+def _(saved: Saved, grad: Tensor) -> tuple[Tensor, ...]:
+    z, *flow = saved.values
+    by_z, *by_flow = saved.needed
+    return _log_prob_backward(grad, z, flow, by_z, any(by_flow), backend=saved.backend)  # type: ignore[no-any-return]
+
+
+def _sample_reference(noise: Tensor, flow: Constrained) -> tuple[Tensor, Tensor]:
+    base = flow.loc + flow.log_scale.exp() * noise
+    z, log_det = _forward(base, flow.u_hat, flow.gain, flow.w, flow.b, flow.slope)
+    return z, normal_log_prob(base, flow.loc, flow.log_scale) - log_det
+
+
+def _empty_sample(noise: Tensor, flow: Constrained) -> tuple[Tensor, Tensor]:
+    return noise.new_empty(noise.shape), noise.new_empty(noise.shape[0])
+
+
+_sample = Op(
+    "planar_flow_sample(Tensor noise, Constrained flow) -> (Tensor z, Tensor log_p)", _sample_reference, _empty_sample
+)
+
+
+@_sample.backend("triton", limits=f"{_WIDE}; no gradients", refusal=_refusal)
+def _(noise: Tensor, flow: Constrained) -> tuple[Tensor, Tensor]:
+    return triton_kernels("planar_flow").sample(noise, flow[:6], flow.slope)  # type: ignore[no-any-return]
+
+
+@_sample.backend("cpu", limits="no gradients")
+def _(call: Any, noise: Tensor, flow: Constrained) -> tuple[Tensor, Tensor]:
+    z, log_p = _empty_sample(noise, flow)
+    call("planar_flow_sample", flow=_native_flow(flow), noise=noise, z=z, log_p=log_p, samples=len(noise))
+    return z, log_p
+
+
+def _expected_reference(
+    mean: Tensor,
+    std: Tensor,
+    flow: Constrained,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    samples: int,
+    by_posterior: bool,
+    by_flow: bool,
+) -> tuple[Tensor, ...]:
+    """Plain torch, some samples at a time: value [B] and the gradients of every function, as the op returns them."""
+    batch, latent = mean.shape
+    value, grad_mean, grad_std = mean.new_zeros(batch), torch.zeros_like(mean), torch.zeros_like(std)
+    grad_flow = [p.new_zeros(batch, *p.shape) for p in flow[:6]]
+    for part in _chunks(samples, batch * latent * len(flow.gain)):
+        if seed is None:
+            eps = noise[part]  # type: ignore[index]
+        else:
+            eps = counter_noise_reference(seed, range(part.start, part.stop), batch, latent, mean.dtype)
+        weight = mean.new_full((len(eps), batch), 1 / samples) if by_posterior or by_flow else None
+        log_p, by_z, found = _reference(mean + std * eps, weight, flow)
+        value += log_p.sum(0) / samples
+        if weight is None:
+            continue
+        grad_mean += by_z.sum(0)
+        grad_std += (eps * by_z).sum(0)
+        for total, each in zip(grad_flow, found, strict=True):
+            total += each
+    posterior = (g if by_posterior else g.new_empty(0) for g in (grad_mean, grad_std))
+    return (value, *posterior, *(g if by_flow else g.new_empty(0) for g in grad_flow))
+
+
+def _empty_expected(
+    mean: Tensor,
+    std: Tensor,
+    flow: Constrained,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    samples: int,
+    by_posterior: bool,
+    by_flow: bool,
+) -> tuple[Tensor, ...]:
+    batch = mean.shape[0]
+    parameters = (_like(p, by_flow, batch) for p in flow[:6])
+    return (mean.new_empty(batch), _like(mean, by_posterior), _like(std, by_posterior), *parameters)
+
+
+_expected_log_prob = Op(
+    "planar_flow_expected_log_prob(Tensor mean, Tensor std, Constrained flow, Tensor? noise, Tensor? seed, "
+    "SymInt samples, bool by_posterior, bool by_flow) "
+    f"-> (Tensor value, Tensor grad_mean, Tensor grad_std, {_GRADIENTS})",
+    _expected_reference,
+    _empty_expected,
+)
+
+
+@_expected_log_prob.backend("triton", limits=_WIDE, refusal=_refusal)
+def _(mean: Tensor, std: Tensor, flow: Constrained, *rest: Any) -> tuple[Tensor, ...]:
+    kernels = triton_kernels("planar_flow")
+    return kernels.expected_log_prob(mean, std, flow[:6], flow.slope, *rest)  # type: ignore[no-any-return]
+
+
+@_expected_log_prob.backend("cpu")
+def _(
+    call: Any,
+    mean: Tensor,
+    std: Tensor,
+    flow: Constrained,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    samples: int,
+    by_posterior: bool,
+    by_flow: bool,
+) -> tuple[Tensor, ...]:
+    results = _empty_expected(mean, std, flow, noise, seed, samples, by_posterior, by_flow)
+    value, grad_mean, grad_std, *gradient = results
+    call(
+        "planar_flow_expected_log_prob",
+        flow=_native_flow(flow),
+        mean=mean,
+        std=std,
+        noise=noise,
+        seed=0 if seed is None else int(seed),
+        value=value,
+        grad_mean=grad_mean if by_posterior else None,
+        grad_std=grad_std if by_posterior else None,
+        gradient=gradient if by_flow else _NONE,
+        batch=len(mean),
+        samples=samples,
+    )
+    return results
+
+
+@_expected_log_prob.gradient(saves=lambda *inputs_and_output: inputs_and_output[-1][1:])
+def _(saved: Saved, grad: Tensor, *_: Tensor | None) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for i, each in enumerate(saved.values):
+        weighted = grad.view([-1] + [1] * (each.dim() - 1)) * each if saved.needed[i] else None
+        found.append(weighted if weighted is None or i < 2 else weighted.sum(0))
+    return found

@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import FLOATING, check_tensor, may_look
-from vamoh.ops._backend import (
-    call_native,
-    cuda_unavailable,
-    float32_under_autocast,
-    native_unavailable,
-    refuse_second_derivatives,
-    register,
-    resolve,
-)
+from vamoh.ops._autocast import float32_under_autocast
+from vamoh.ops._op import Op, Saved
 
 
 @float32_under_autocast
@@ -54,8 +47,8 @@ def point_conv(
     check_tensor(where, "linear_bias", linear_bias, [linear_weight.shape[0]], like=features)
     if not slope >= 0:
         raise ValueError(f"{where}: slope must be at least 0, got {slope}")
-    result: Tensor = torch.ops.vamoh.point_conv(
-        features, neighbors, weights, linear_weight, linear_bias, float(slope), backend
+    result: Tensor = _point_conv(
+        features, neighbors, weights, linear_weight, linear_bias, float(slope), backend=backend
     )
     return result
 
@@ -71,7 +64,7 @@ def neighbor_mean(features: Tensor, neighbors: Tensor, *, backend: str | None = 
     _check_index(where, "neighbors", neighbors, ["B", "M", "S"], features)
     if neighbors.shape[0] not in (1, features.shape[0]):
         raise ValueError(f"{where}: neighbors must have batch 1 or {features.shape[0]}, got {neighbors.shape[0]}")
-    result: Tensor = torch.ops.vamoh.neighbor_mean(features, neighbors, backend)
+    result: Tensor = _neighbor_mean(features, neighbors, backend=backend)
     return result
 
 
@@ -92,7 +85,7 @@ def neighbor_difference(
     check_tensor(where, "bias", bias, [table.shape[2]], like=table)
     if table.shape[0] != neighbors.shape[0] and 1 not in (table.shape[0], neighbors.shape[0]):
         raise ValueError(f"{where}: neighbors must have batch 1 or {table.shape[0]}, got {neighbors.shape[0]}")
-    result: Tensor = torch.ops.vamoh.neighbor_difference(table, neighbors, centroids, bias, backend)
+    result: Tensor = _neighbor_difference(table, neighbors, centroids, bias, backend=backend)
     return result
 
 
@@ -116,220 +109,12 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
     return features.flatten(0, 1).index_select(0, index.flatten()).reshape(*index.shape, channels)
 
 
-torch.library.define(
-    "vamoh::point_conv",
-    "(Tensor features, Tensor neighbors, Tensor weights, Tensor linear_weight, Tensor linear_bias, float slope, "
-    "str? backend) -> Tensor",
-)
-torch.library.define(
-    "vamoh::point_conv_backward",
-    "(Tensor grad, Tensor out, Tensor features, Tensor neighbors, Tensor weights, Tensor linear_weight, float slope, "
-    "bool features_needed, str? backend) "
-    "-> (Tensor grad_features, Tensor grad_weights, Tensor grad_linear_weight, Tensor grad_linear_bias)",
-)
-torch.library.define("vamoh::neighbor_mean", "(Tensor features, Tensor neighbors, str? backend) -> Tensor")
-torch.library.define(
-    "vamoh::neighbor_mean_backward", "(Tensor grad, Tensor neighbors, SymInt points, str? backend) -> Tensor"
-)
-
-
-torch.library.define(
-    "vamoh::neighbor_difference",
-    "(Tensor table, Tensor neighbors, Tensor centroids, Tensor bias, str? backend) -> Tensor",
-)
-torch.library.define(
-    "vamoh::neighbor_difference_backward",
-    "(Tensor grad, Tensor neighbors, Tensor centroids, SymInt batch, SymInt points, str? backend) "
-    "-> (Tensor grad_table, Tensor grad_bias)",
-)
-
-
-@torch.library.register_fake("vamoh::point_conv")
-def _fake(features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, *_: object) -> Tensor:
-    return features.new_empty(features.shape[0], weights.shape[1], linear_weight.shape[0])
-
-
-@torch.library.register_fake("vamoh::point_conv_backward")
-def _fake_backward(
-    grad: Tensor,
-    out: Tensor,
-    features: Tensor,
-    neighbors: Tensor,
-    weights: Tensor,
-    linear_weight: Tensor,
-    slope: float,
-    features_needed: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    by_features = features.new_empty(features.shape if features_needed else (0,))
-    shapes = (weights.shape, linear_weight.shape, linear_weight.shape[:1])
-    return (by_features, *(features.new_empty(shape) for shape in shapes))
-
-
-@torch.library.register_fake("vamoh::neighbor_mean")
-def _fake_mean(features: Tensor, neighbors: Tensor, backend: str | None) -> Tensor:
-    return features.new_empty(features.shape[0], neighbors.shape[1], features.shape[2])
-
-
-@torch.library.register_fake("vamoh::neighbor_mean_backward")
-def _fake_mean_backward(grad: Tensor, neighbors: Tensor, points: int, backend: str | None) -> Tensor:
-    return grad.new_empty(grad.shape[0], points, grad.shape[2])
-
-
-@torch.library.register_fake("vamoh::neighbor_difference")
-def _fake_difference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor, backend: str | None) -> Tensor:
-    return table.new_empty(max(table.shape[0], neighbors.shape[0]), *neighbors.shape[1:], table.shape[2])
-
-
-@torch.library.register_fake("vamoh::neighbor_difference_backward")
-def _fake_difference_backward(
-    grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(batch, points, grad.shape[3]), grad.new_empty(grad.shape[3])
-
-
-@torch.library.impl("vamoh::point_conv", "CompositeExplicitAutograd")
-def _run(
-    features: Tensor,
-    neighbors: Tensor,
-    weights: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor,
-    slope: float,
-    backend: str | None,
-) -> Tensor:
-    _check_range("point_conv", neighbors, features.shape[1])
-    chosen = resolve("point_conv", features.device, features.dtype, backend)
-    if chosen == "reference":
-        out = point_conv_reference(features, neighbors, weights, linear_weight, linear_bias)
-        return F.leaky_relu(out, slope)
-    inputs = [t.contiguous() for t in (features, neighbors, weights, linear_weight, linear_bias)]
-    out = features.new_empty(features.shape[0], weights.shape[1], linear_weight.shape[0])
-    call_native(
-        "point_conv",
-        chosen,
-        features.device,
-        features=inputs[0].data_ptr(),
-        neighbors=inputs[1].data_ptr(),
-        weights=inputs[2].data_ptr(),
-        linear_weight=inputs[3].data_ptr(),
-        linear_bias=inputs[4].data_ptr(),
-        out=out.data_ptr(),
-        slope=slope,
-        **_sizes(features, neighbors, weights.shape[3], linear_weight.shape[0]),
-    )
-    return out
-
-
-@torch.library.impl("vamoh::point_conv_backward", "CompositeExplicitAutograd")
-def _run_backward(
-    grad: Tensor,
-    out: Tensor,
-    features: Tensor,
-    neighbors: Tensor,
-    weights: Tensor,
-    linear_weight: Tensor,
-    slope: float,
-    features_needed: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    chosen = resolve("point_conv", features.device, features.dtype, backend)
-    if chosen == "reference":
-        grad = torch.where(out > 0, grad, grad * slope)
-        return _backward_reference(grad, features, neighbors, weights, linear_weight, features_needed)
-    grad = grad.contiguous()
-    inputs = [t.contiguous() for t in (features, neighbors, weights, linear_weight)]
-    by_features = features.new_empty(features.shape if features_needed else (0,))
-    by_weights, by_linear = features.new_empty(weights.shape), features.new_empty(linear_weight.shape)
-    by_bias = features.new_empty(linear_weight.shape[0])
-    call_native(
-        "point_conv_backward",
-        chosen,
-        features.device,
-        grad=grad.data_ptr(),
-        out=out.data_ptr(),
-        features=inputs[0].data_ptr(),
-        neighbors=inputs[1].data_ptr(),
-        weights=inputs[2].data_ptr(),
-        linear_weight=inputs[3].data_ptr(),
-        grad_features=by_features.data_ptr(),
-        grad_weights=by_weights.data_ptr(),
-        grad_linear_weight=by_linear.data_ptr(),
-        grad_linear_bias=by_bias.data_ptr(),
-        slope=slope,
-        **_sizes(features, neighbors, weights.shape[3], linear_weight.shape[0]),
-    )
-    return by_features, by_weights, by_linear, by_bias
-
-
-@torch.library.impl("vamoh::neighbor_mean", "CompositeExplicitAutograd")
-def _run_mean(features: Tensor, neighbors: Tensor, backend: str | None) -> Tensor:
-    _check_range("neighbor_mean", neighbors, features.shape[1])
-    chosen = resolve("neighbor_mean", features.device, features.dtype, backend)
-    if chosen == "reference":
-        return gather(features, neighbors).mean(2)
-    out = features.new_empty(features.shape[0], neighbors.shape[1], features.shape[2])
-    _native_mean(chosen, features, neighbors, out, features, backward=False)
-    return out
-
-
-@torch.library.impl("vamoh::neighbor_mean_backward", "CompositeExplicitAutograd")
-def _run_mean_backward(grad: Tensor, neighbors: Tensor, points: int, backend: str | None) -> Tensor:
-    chosen = resolve("neighbor_mean", grad.device, grad.dtype, backend)
-    if chosen == "reference":
-        size = neighbors.shape[2]
-        return _scatter((grad / max(size, 1))[:, :, None].expand(-1, -1, size, -1), neighbors, points)
-    out = grad.new_empty(grad.shape[0], points, grad.shape[2])
-    _native_mean(chosen, grad, neighbors, out, out, backward=True)
-    return out
-
-
-@torch.library.impl("vamoh::neighbor_difference", "CompositeExplicitAutograd")
-def _run_difference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor, backend: str | None) -> Tensor:
-    where = "neighbor_difference"
-    _check_range(where, neighbors, table.shape[1])
-    _check_range(where, centroids, table.shape[1], "centroids")
-    chosen = resolve(where, table.device, table.dtype, backend)
-    if chosen == "reference":
-        return gather(table, neighbors) - gather(table, centroids)[:, :, None] + bias
-    inputs = [t.contiguous() for t in (table, neighbors, centroids, bias)]
-    out = table.new_empty(max(table.shape[0], neighbors.shape[0]), *neighbors.shape[1:], table.shape[2])
-    call_native(
-        where,
-        chosen,
-        table.device,
-        table=inputs[0].data_ptr(),
-        neighbors=inputs[1].data_ptr(),
-        centroids=inputs[2].data_ptr(),
-        bias=inputs[3].data_ptr(),
-        out=out.data_ptr(),
-        **_difference_sizes(out, neighbors, *table.shape[:2]),
-    )
-    return out
-
-
-@torch.library.impl("vamoh::neighbor_difference_backward", "CompositeExplicitAutograd")
-def _run_difference_backward(
-    grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    chosen = resolve("neighbor_difference", grad.device, grad.dtype, backend)
-    if chosen == "reference":
-        by_table = _scatter(grad, neighbors, points) - _scatter(grad.sum(2)[:, :, None], centroids[..., None], points)
-        return by_table.sum(0, keepdim=True) if batch == 1 else by_table, grad.sum((0, 1, 2))
-    inputs = [t.contiguous() for t in (grad, neighbors, centroids)]
-    by_table, by_bias = grad.new_empty(batch, points, grad.shape[3]), grad.new_empty(grad.shape[3])
-    call_native(
-        "neighbor_difference_backward",
-        chosen,
-        grad.device,
-        grad=inputs[0].data_ptr(),
-        neighbors=inputs[1].data_ptr(),
-        centroids=inputs[2].data_ptr(),
-        grad_table=by_table.data_ptr(),
-        grad_bias=by_bias.data_ptr(),
-        **_difference_sizes(grad, neighbors, batch, points),
-    )
-    return by_table, by_bias
+def _check_range(where: str, index: Tensor, points: int, name: str = "neighbors") -> None:
+    """A kernel would read anywhere."""
+    if index.numel() and may_look(index):
+        low, high = (int(i) for i in index.aminmax())
+        if low < 0 or high >= points:
+            raise ValueError(f"{where}: {name} must index the {points} points, got {low if low < 0 else high}")
 
 
 def point_conv_reference(
@@ -352,21 +137,6 @@ def _contract(features: Tensor, neighbors: Tensor, weights: Tensor) -> Tensor:
     return (gather(features, neighbors).mT @ weights).flatten(2)
 
 
-def _backward_reference(
-    grad: Tensor, features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, features_needed: bool
-) -> tuple[Tensor, ...]:
-    contracted = _contract(features, neighbors, weights)
-    by_linear = grad.flatten(0, 1).mT @ contracted.flatten(0, 1)
-    by_contracted = (grad @ linear_weight).view(*grad.shape[:2], features.shape[2], weights.shape[3])  # [B, M, C, Q]
-    by_weights = gather(features, neighbors) @ by_contracted  # [B, M, S, Q]
-    if weights.shape[0] == 1:
-        by_weights = by_weights.sum(0, keepdim=True)
-    by_features = features.new_empty(0)
-    if features_needed:
-        by_features = _scatter(weights @ by_contracted.mT, neighbors, features.shape[1])
-    return by_features, by_weights, by_linear, grad.sum((0, 1))
-
-
 def _scatter(rows: Tensor, index: Tensor, points: int) -> Tensor:
     """Inverse of `gather`: [B, points, C], rows [B, M, S, C] of the same index added up."""
     batch, channels = rows.shape[0], rows.shape[3]
@@ -374,92 +144,229 @@ def _scatter(rows: Tensor, index: Tensor, points: int) -> Tensor:
     return rows.new_zeros(batch, points, channels).scatter_add_(1, where, rows.flatten(1, 2))
 
 
-def _native_mean(
-    chosen: str, source: Tensor, neighbors: Tensor, out: Tensor, features: Tensor, *, backward: bool
-) -> None:
-    source, neighbors = source.contiguous(), neighbors.contiguous()
-    call_native(
-        "neighbor_mean",
-        chosen,
-        source.device,
-        source=source.data_ptr(),
-        neighbors=neighbors.data_ptr(),
-        out=out.data_ptr(),
-        backward=backward,
-        **_sizes(features, neighbors, 1, 1),
-    )
+def _reference(
+    features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor, slope: float
+) -> Tensor:
+    return F.leaky_relu(point_conv_reference(features, neighbors, weights, linear_weight, linear_bias), slope)
 
 
-def _sizes(features: Tensor, neighbors: Tensor, width: int, outputs: int) -> dict[str, Any]:
-    return {
-        "sizes": (*features.shape, *neighbors.shape[1:], width, outputs),
-        "shared": neighbors.shape[0] == 1,
-    }
+def _empty(
+    features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor, slope: float
+) -> Tensor:
+    return features.new_empty(features.shape[0], weights.shape[1], linear_weight.shape[0])
 
 
-def _difference_sizes(out: Tensor, neighbors: Tensor, batch: int, points: int) -> dict[str, Any]:
-    return {
-        "sizes": (out.shape[0], points, *out.shape[1:]),
-        "table_shared": batch == 1,
-        "index_shared": neighbors.shape[0] == 1,
-    }
-
-
-def _check_range(where: str, index: Tensor, points: int, name: str = "neighbors") -> None:
-    """A kernel would read anywhere."""
-    if index.numel() and may_look(index):
-        low, high = (int(i) for i in index.aminmax())
-        if low < 0 or high >= points:
-            raise ValueError(f"{where}: {name} must index the {points} points, got {low if low < 0 else high}")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.slope, ctx.backend = inputs
-    ctx.save_for_backward(output, *tensors)
-
-
-@float32_under_autocast
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("point_conv")
-    needed = ctx.needs_input_grad[0]
-    by_features, *rest = torch.ops.vamoh.point_conv_backward(grad, *ctx.saved_tensors, ctx.slope, needed, ctx.backend)
-    return (by_features if needed else None, None, *rest, None, None)
-
-
-def _setup_context_mean(ctx: Any, inputs: tuple[Tensor, Tensor, str | None], output: Tensor) -> None:
-    features, neighbors, ctx.backend = inputs
-    ctx.points = features.shape[1]
-    ctx.save_for_backward(neighbors)
-
-
-@float32_under_autocast
-def _backward_mean(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("neighbor_mean")
-    return torch.ops.vamoh.neighbor_mean_backward(grad, *ctx.saved_tensors, ctx.points, ctx.backend), None, None
-
-
-def _setup_context_difference(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, str | None], output: Tensor
-) -> None:
-    table, neighbors, centroids, _, ctx.backend = inputs
-    ctx.table = table.shape[:2]
-    ctx.save_for_backward(neighbors, centroids)
-
-
-@float32_under_autocast
-def _backward_difference(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivatives("neighbor_difference")
-    by_table, by_bias = torch.ops.vamoh.neighbor_difference_backward(grad, *ctx.saved_tensors, *ctx.table, ctx.backend)
-    return by_table, None, None, by_bias, None
-
-
-torch.library.register_autograd(
-    "vamoh::neighbor_difference", _backward_difference, setup_context=_setup_context_difference
+_point_conv = Op(
+    "point_conv(Tensor features, Tensor neighbors, Tensor weights, Tensor linear_weight, Tensor linear_bias, "
+    "float slope) -> Tensor",
+    _reference,
+    _empty,
+    check=lambda features, neighbors, *_: _check_range("point_conv", neighbors, features.shape[1]),
 )
-torch.library.register_autograd("vamoh::point_conv", _backward, setup_context=_setup_context)
-torch.library.register_autograd("vamoh::neighbor_mean", _backward_mean, setup_context=_setup_context_mean)
 
-for _op in ("point_conv", "neighbor_mean", "neighbor_difference"):
-    register(_op, "cpu", devices=["cpu"], dtypes=[torch.float32], unavailable=native_unavailable)
-    register(_op, "cuda", devices=["cuda"], dtypes=[torch.float32], unavailable=cuda_unavailable)
-    register(_op, "reference")
+
+@_point_conv.backend("cpu", "cuda")
+def _(
+    call: Any, features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor, linear_bias: Tensor,
+    slope: float,
+) -> Tensor:  # fmt: skip
+    out = _empty(features, neighbors, weights, linear_weight, linear_bias, slope)
+    inputs = [features, neighbors, weights, linear_weight, linear_bias]
+    call("point_conv", inputs=inputs, out=out, sizes=_sizes(features, weights, linear_weight.shape[0]), slope=slope)
+    return out
+
+
+def _backward_reference(
+    grad: Tensor, out: Tensor, features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor,
+    slope: float, by_features: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grad = torch.where(out > 0, grad, grad * slope)
+    contracted = _contract(features, neighbors, weights)
+    grad_linear = grad.flatten(0, 1).mT @ contracted.flatten(0, 1)
+    by_contracted = (grad @ linear_weight).view(*grad.shape[:2], features.shape[2], weights.shape[3])  # [B, M, C, Q]
+    grad_weights = gather(features, neighbors) @ by_contracted  # [B, M, S, Q]
+    if weights.shape[0] == 1:
+        grad_weights = grad_weights.sum(0, keepdim=True)
+    grad_features = features.new_empty(0)
+    if by_features:
+        grad_features = _scatter(weights @ by_contracted.mT, neighbors, features.shape[1])
+    return grad_features, grad_weights, grad_linear, grad.sum((0, 1))
+
+
+def _empty_grads(
+    grad: Tensor, out: Tensor, features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor,
+    slope: float, by_features: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shapes = (features.shape if by_features else (0,), weights.shape, linear_weight.shape, linear_weight.shape[:1])
+    return tuple(features.new_empty(shape) for shape in shapes)
+
+
+_point_conv_backward = _point_conv.derivative(
+    "point_conv_backward(Tensor grad, Tensor out, Tensor features, Tensor neighbors, Tensor weights, "
+    "Tensor linear_weight, float slope, bool by_features) "
+    "-> (Tensor grad_features, Tensor grad_weights, Tensor grad_linear_weight, Tensor grad_linear_bias)",
+    _backward_reference,
+    _empty_grads,
+)
+
+
+@_point_conv_backward.backend("cpu", "cuda")
+def _(
+    call: Any, grad: Tensor, out: Tensor, features: Tensor, neighbors: Tensor, weights: Tensor, linear_weight: Tensor,
+    slope: float, by_features: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grads = _empty_grads(grad, out, features, neighbors, weights, linear_weight, slope, by_features)
+    call(
+        "point_conv_backward",
+        grad=grad,
+        out=out,
+        inputs=[features, neighbors, weights, linear_weight, None],
+        gradients=[grads[0] if by_features else None, *grads[1:]],
+        sizes=_sizes(features, weights, linear_weight.shape[0]),
+        slope=slope,
+    )
+    return grads
+
+
+@_point_conv.gradient(
+    saves=lambda features, neighbors, weights, linear_weight, linear_bias, slope, out: (
+        out, features, neighbors, weights, linear_weight, slope,
+    )
+)  # fmt: skip
+def _(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by_features, *rest = _point_conv_backward(grad, *saved.values, saved.needed[0], backend=saved.backend)
+    return (by_features, None, *rest)
+
+
+def _sizes(features: Tensor, index: Tensor, outputs: int) -> tuple[Any, ...]:
+    """Sizes of a PointConv whose neighbours [B, M, S] or weights [B, M, S, Q] are given."""
+    shared, centroids, neighbors, *width = index.shape
+    return (*features.shape, centroids, neighbors, *(width or [1]), outputs, shared == 1)
+
+
+def _mean_reference(features: Tensor, neighbors: Tensor) -> Tensor:
+    return gather(features, neighbors).mean(2)
+
+
+def _empty_mean(features: Tensor, neighbors: Tensor) -> Tensor:
+    return features.new_empty(features.shape[0], neighbors.shape[1], features.shape[2])
+
+
+_neighbor_mean = Op(
+    "neighbor_mean(Tensor features, Tensor neighbors) -> Tensor",
+    _mean_reference,
+    _empty_mean,
+    check=lambda features, neighbors: _check_range("neighbor_mean", neighbors, features.shape[1]),
+)
+
+
+@_neighbor_mean.backend("cpu", "cuda")
+def _(call: Any, features: Tensor, neighbors: Tensor) -> Tensor:
+    out = _empty_mean(features, neighbors)
+    call("neighbor_mean", features=features, neighbors=neighbors, out=out, sizes=_sizes(features, neighbors, 1))
+    return out
+
+
+def _mean_backward_reference(grad: Tensor, neighbors: Tensor, points: int) -> Tensor:
+    size = neighbors.shape[2]
+    return _scatter((grad / max(size, 1))[:, :, None].expand(-1, -1, size, -1), neighbors, points)
+
+
+def _empty_mean_grad(grad: Tensor, neighbors: Tensor, points: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], points, grad.shape[2])
+
+
+_neighbor_mean_backward = _neighbor_mean.derivative(
+    "neighbor_mean_backward(Tensor grad, Tensor neighbors, SymInt points) -> Tensor",
+    _mean_backward_reference,
+    _empty_mean_grad,
+)
+
+
+@_neighbor_mean_backward.backend("cpu", "cuda")
+def _(call: Any, grad: Tensor, neighbors: Tensor, points: int) -> Tensor:
+    out = _empty_mean_grad(grad, neighbors, points)
+    call("neighbor_mean_backward", grad=grad, neighbors=neighbors, grad_features=out, sizes=_sizes(out, neighbors, 1))
+    return out
+
+
+@_neighbor_mean.gradient(saves=lambda features, neighbors, out: (neighbors, features.shape[1]))
+def _(saved: Saved, grad: Tensor) -> tuple[Tensor]:
+    return (_neighbor_mean_backward(grad, *saved.values, backend=saved.backend),)
+
+
+def _difference_reference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor) -> Tensor:
+    return gather(table, neighbors) - gather(table, centroids)[:, :, None] + bias
+
+
+def _empty_difference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor) -> Tensor:
+    return table.new_empty(max(table.shape[0], neighbors.shape[0]), *neighbors.shape[1:], table.shape[2])
+
+
+def _check_difference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor) -> None:
+    _check_range("neighbor_difference", neighbors, table.shape[1])
+    _check_range("neighbor_difference", centroids, table.shape[1], "centroids")
+
+
+_neighbor_difference = Op(
+    "neighbor_difference(Tensor table, Tensor neighbors, Tensor centroids, Tensor bias) -> Tensor",
+    _difference_reference,
+    _empty_difference,
+    check=_check_difference,
+)
+
+
+@_neighbor_difference.backend("cpu", "cuda")
+def _(call: Any, table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor) -> Tensor:
+    out = _empty_difference(table, neighbors, centroids, bias)
+    sizes = _difference_sizes(out, neighbors, *table.shape[:2])
+    call("neighbor_difference", table=table, neighbors=neighbors, centroids=centroids, bias=bias, out=out, sizes=sizes)
+    return out
+
+
+def _difference_backward_reference(
+    grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int
+) -> tuple[Tensor, Tensor]:
+    by_table = _scatter(grad, neighbors, points) - _scatter(grad.sum(2)[:, :, None], centroids[..., None], points)
+    return by_table.sum(0, keepdim=True) if batch == 1 else by_table, grad.sum((0, 1, 2))
+
+
+def _empty_difference_grads(
+    grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(batch, points, grad.shape[3]), grad.new_empty(grad.shape[3])
+
+
+_neighbor_difference_backward = _neighbor_difference.derivative(
+    "neighbor_difference_backward(Tensor grad, Tensor neighbors, Tensor centroids, SymInt batch, SymInt points) "
+    "-> (Tensor grad_table, Tensor grad_bias)",
+    _difference_backward_reference,
+    _empty_difference_grads,
+)
+
+
+@_neighbor_difference_backward.backend("cpu", "cuda")
+def _(call: Any, grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int) -> tuple[Tensor, Tensor]:
+    by_table, by_bias = _empty_difference_grads(grad, neighbors, centroids, batch, points)
+    call(
+        "neighbor_difference_backward",
+        grad=grad,
+        neighbors=neighbors,
+        centroids=centroids,
+        grad_table=by_table,
+        grad_bias=by_bias,
+        sizes=_difference_sizes(grad, neighbors, batch, points),
+    )
+    return by_table, by_bias
+
+
+@_neighbor_difference.gradient(
+    saves=lambda table, neighbors, centroids, bias, out: (neighbors, centroids, *table.shape[:2])
+)
+def _(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by_table, by_bias = _neighbor_difference_backward(grad, *saved.values, backend=saved.backend)
+    return by_table, None, None, by_bias
+
+
+def _difference_sizes(out: Tensor, neighbors: Tensor, batch: int, points: int) -> tuple[Any, ...]:
+    return (out.shape[0], points, *out.shape[1:], batch == 1, neighbors.shape[0] == 1)
