@@ -60,7 +60,7 @@ def _table(name: str, capability: int) -> dict[tuple[object, ...], dict[str, int
             return {}
         return {(e["op"], tuple(e["sizes"]), *e["variant"]): dict(e["blocks"]) for e in table["plans"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"kernels: {path} must be a table as a sweep writes it, got {error!r}") from error
+        raise ValueError(f"kernels: {path} must be a table as a sweep writes it, got {error!r:.140}") from error
 
 
 def splits(items: int, tiles: int, programs: int, size: int) -> int:
