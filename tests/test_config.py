@@ -15,6 +15,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro")
 
 import tyro
 
+import vamoh.config
 from vamoh.config import (
     PRESETS,
     BetaConfig,
@@ -122,6 +123,11 @@ def test_presets_are_models(name: str) -> None:
     with torch.device("meta"):
         model = VaMoH(coord_dim=3, channels=channels, **vars(preset(name).model))
     assert model.latent_dim == preset(name).model.latent_dim
+
+
+def test_every_file_is_a_preset() -> None:
+    files = Path(vamoh.config.__file__).with_name("presets").iterdir()
+    assert sorted(path.name for path in files) == sorted(f"{name}.yaml" for name in PRESETS)
 
 
 def test_model_section_mirrors_the_constructor() -> None:

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import vamoh
+from vamoh.config import PRESETS
 from vamoh.ops._native import native_unavailable
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,8 @@ def test_sdist_holds_what_a_build_needs(sdist):
     tracked = {
         str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob("*.*") if p.suffix != ".pyc"
     }
-    assert tracked | {"LICENSE", "constraints.txt", "pyproject.toml", "setup.py", "vamoh/py.typed"} <= names
+    presets = {f"vamoh/presets/{name}.yaml" for name in PRESETS}
+    assert tracked | presets | {"LICENSE", "constraints.txt", "pyproject.toml", "setup.py", "vamoh/py.typed"} <= names
     assert not [name for name in names if name.startswith("tests/") or name.endswith((".so", ".pyc"))]
 
 
@@ -81,6 +83,7 @@ def test_wheel_from_sdist(source, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert len([n for n in names if n.startswith("vamoh/_native.")]) == (0 if native_unavailable() else 1)
     bundled = {f"vamoh/data/bundled/{p.name}" for p in (ROOT / "vamoh" / "data" / "bundled").iterdir()}
+    bundled |= {f"vamoh/presets/{name}.yaml" for name in PRESETS}
     python = {str(p.relative_to(ROOT)) for p in (ROOT / "vamoh").rglob("*.py")}
     kernels = {"vamoh/kernels/__init__.py", "vamoh/kernels/tuned/a_gpu.json"}
     assert bundled | python | kernels | {"vamoh/py.typed"} <= set(names)
@@ -99,6 +102,7 @@ import vamoh, vamoh.kernels, vamoh.ops
 assert vamoh.__file__.startswith({str(tmp_path)!r}), vamoh.__file__
 assert vamoh.kernels.__file__.startswith({str(tmp_path)!r})
 assert len(vamoh.open_dataset("digits").splits["test"]) == 1000
+assert vamoh.load_config("era5").model.components == 3
 print(vamoh.ops.knn(vamoh.grid_coords((4, 4)), vamoh.grid_coords((2, 2)), 1).tolist())
 report = vamoh.ops.status()
 print([row.available for row in report.rows if row.op == "knn" and row.backend != "cuda"])
@@ -129,6 +133,7 @@ def test_install_without_a_compiler(source, tmp_path):
     install(tmp_path / result.stdout.split()[-1], tmp_path / "target")
     script = """
 import vamoh
+from vamoh.config import PRESETS
 from vamoh.ops import knn, status
 print(knn(vamoh.grid_coords((4, 4)), vamoh.grid_coords((2, 2)), 1).tolist())
 print([row.reason for row in status().rows if (row.op, row.backend) == ("knn", "cpu")])
