@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.tiny import SIZES
 from vamoh import points as points_module
 from vamoh._checks import may_look, trusted
 from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -33,20 +34,7 @@ COPIES = {aten._to_copy.default: 0, aten.copy_.default: 1}
 CONFIG = Config(
     data=DataConfig(name="arrays"),
     model=ModelConfig(
-        latent_dim=3,
-        components=2,
-        frequencies=4,
-        encoder_centroids=(12, 6),
-        encoder_neighbors=(5, 4),
-        encoder_channels=(4, 5),
-        pool_centroids=(8,),
-        pool_neighbors=(4,),
-        weight_net=(4,),
-        flow_layers=2,
-        hypernet_widths=(6,),
-        inr_widths=(5, 5),
-        gating_widths=(4,),
-        kl_samples=3,
+        **{**SIZES, "pool_centroids": (8,), "pool_neighbors": (4,), "inr_widths": (5, 5), "kl_samples": 3}
     ),
     train=TrainConfig(steps=5, batch_size=6, lr=5e-3, point_dropout=0.0, flow_warmup=0, gating_warmup=0),
 )

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
+from tests.tiny import SIZES
 from vamoh import (
     PointSet,
     VaMoH,
@@ -48,21 +49,6 @@ from vamoh.model import Noise
 from vamoh.points import sphere_coords, to_grid
 from vamoh.runlog import read_log
 from vamoh.train import Trainer, train
-
-SIZES: dict[str, Any] = {
-    "latent_dim": 3,
-    "components": 2,
-    "frequencies": 4,
-    "encoder_centroids": (8, 4),
-    "encoder_neighbors": (4, 3),
-    "encoder_channels": (4, 4),
-    "weight_net": (4,),
-    "flow_layers": 2,
-    "hypernet_widths": (6,),
-    "inr_widths": (5,),
-    "gating_widths": (4,),
-    "kl_samples": 2,
-}
 
 
 class Thing:

@@ -17,25 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh.config import Config, ModelConfig, save_config
 from vamoh.points import PointSet, grid_coords
 
 CONFIG = Config(
-    model=ModelConfig(
-        latent_dim=3,
-        components=2,
-        frequencies=4,
-        encoder_centroids=(6, 3),
-        encoder_neighbors=(4, 3),
-        encoder_channels=(4, 5),
-        weight_net=(4,),
-        flow_layers=2,
-        hypernet_widths=(6,),
-        inr_widths=(5,),
-        gating_widths=(4,),
-        kl_samples=2,
-    ),
+    model=ModelConfig(**SIZES),
     seed=5,
 )
 

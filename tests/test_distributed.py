@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh.config import BetaConfig, Config, ContextConfig, DataConfig, ModelConfig, TrainConfig, save_config
 from vamoh.data import Dataset, open_dataset
@@ -28,22 +29,10 @@ from vamoh.ops._noise import counter_noise_reference
 from vamoh.runlog import read_log
 from vamoh.train import NonFiniteLoss, Trainer, train
 
+ROOT = Path(__file__).parents[1]
 CONFIG = Config(
     data=DataConfig(name="arrays"),
-    model=ModelConfig(
-        latent_dim=3,
-        components=2,
-        frequencies=4,
-        encoder_centroids=(12, 6),
-        encoder_neighbors=(5, 4),
-        encoder_channels=(4, 5),
-        weight_net=(4,),
-        flow_layers=2,
-        hypernet_widths=(6,),
-        inr_widths=(5,),
-        gating_widths=(4,),
-        kl_samples=2,
-    ),
+    model=ModelConfig(**SIZES),
     train=TrainConfig(
         steps=23,
         batch_size=7,
@@ -153,7 +142,7 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "VAMOH_DEBUG": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [*command, *arguments], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, *arguments], env=environment, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -176,7 +165,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
     """What two processes found."""
-    process = torchrun(__file__, str(folder))
+    process = torchrun("-m", "tests.test_distributed", str(folder))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -396,7 +385,7 @@ def test_torchrun_stops_and_continues_a_run(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_loses_little(folder: Path) -> None:
     run = folder / "killed"
-    process = torchrun(__file__, str(folder), "die")
+    process = torchrun("-m", "tests.test_distributed", str(folder), "die")
     err = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert "WorkerLost: train: another process of the job was lost after step 8" in err, err

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import SIZES
 from vamoh.data import Dataset
 from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, split_indices, thin
 from vamoh.generator import Reconstruction
@@ -21,11 +22,7 @@ from vamoh.points import PointSet, grid_coords
 
 
 def tiny_model(coord_dim: int = 2, likelihood: str = "logistic") -> VaMoH:
-    return VaMoH(
-        coord_dim=coord_dim, channels=1, latent_dim=3, components=2, frequencies=4, encoder_centroids=(12, 4),
-        encoder_neighbors=(4, 4), encoder_channels=(4, 4), weight_net=(4,), flow_layers=2, hypernet_widths=(6, 8),
-        inr_widths=(5,), gating_widths=(6,), likelihood=likelihood,
-    ).eval()  # fmt: skip
+    return VaMoH(coord_dim=coord_dim, channels=1, **SIZES, likelihood=likelihood).eval()
 
 
 def dataset(shape: tuple[int, ...] = (6, 6), count: int = 10, mask: Tensor | None = None, unit: str = "") -> Dataset:

@@ -15,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
+from tests.tiny import SIZES
 from vamoh import load_config, open_dataset
 from vamoh.cli import main
 from vamoh.data import Dataset, source
@@ -78,11 +79,7 @@ def test_what_a_mask_cannot_complete_is_named_and_the_rest_measured(capsys: pyte
 def test_functions_left_out_do_not_alter_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     values, mask = torch.rand(6, 36, 1, generator=generator), torch.ones(6, 36, dtype=torch.bool)
-    model = VaMoH(
-        coord_dim=2, channels=1, latent_dim=3, components=2, frequencies=4, encoder_centroids=(12, 4),
-        encoder_neighbors=(4, 4), encoder_channels=(4, 4), weight_net=(4,), flow_layers=2, hypernet_widths=(6, 8),
-        inr_widths=(5,), gating_widths=(6,), likelihood="logistic",
-    ).eval()  # fmt: skip
+    model = VaMoH(coord_dim=2, channels=1, **SIZES, likelihood="logistic").eval()
 
     def measure(indices: list[int], mask: torch.Tensor) -> dict[str, Any]:
         splits = {"train": torch.tensor([5]), "validation": torch.tensor([5]), "test": torch.tensor(indices)}

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
+from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh._lock import locked
 from vamoh.cli import main
@@ -31,20 +32,7 @@ from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig, load_run_
 from vamoh.runlog import read_log
 from vamoh.train import train
 
-MODEL = ModelConfig(
-    latent_dim=3,
-    components=2,
-    frequencies=4,
-    encoder_centroids=(8, 4),
-    encoder_neighbors=(4, 3),
-    encoder_channels=(4, 4),
-    weight_net=(4,),
-    flow_layers=2,
-    hypernet_widths=(6,),
-    inr_widths=(5,),
-    gating_widths=(4,),
-    kl_samples=2,
-)
+MODEL = ModelConfig(**SIZES)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh.config import BetaConfig, Config, ContextConfig, DataConfig, ModelConfig, TrainConfig, load_config
 from vamoh.data import Dataset, open_dataset
@@ -35,20 +36,7 @@ module = importlib.import_module("vamoh.train")
 
 CONFIG = Config(
     data=DataConfig(name="arrays"),
-    model=ModelConfig(
-        latent_dim=3,
-        components=2,
-        frequencies=4,
-        encoder_centroids=(12, 6),
-        encoder_neighbors=(5, 4),
-        encoder_channels=(4, 5),
-        weight_net=(4,),
-        flow_layers=2,
-        hypernet_widths=(6,),
-        inr_widths=(5,),
-        gating_widths=(4,),
-        kl_samples=2,
-    ),
+    model=ModelConfig(**SIZES),
     train=TrainConfig(
         steps=23,
         batch_size=6,
@@ -516,9 +504,9 @@ def test_a_crash_loses_only_the_steps_since_the_checkpoint(
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 import importlib, time
-case = importlib.import_module("test_train")
+case = importlib.import_module("tests.test_train")
 case.module.open_dataset = lambda *a, **k: case.grid_dataset("arrays", case.images())
 step = case.Trainer.step
 case.Trainer.step = lambda self: (time.sleep({pause}), step(self))[1]
@@ -531,7 +519,7 @@ except case.TrainingInterrupted as error:
 
 
 def start(folder: Path, pause: float, **changes: Any) -> subprocess.Popen[str]:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), pause=pause, changes=changes)
+    script = SCRIPT.format(root=str(Path(__file__).parents[1]), folder=str(folder), pause=pause, changes=changes)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig, load_config, save_config
 from vamoh.data import Dataset, open_dataset
@@ -19,20 +20,7 @@ from vamoh.runlog import read_log
 from vamoh.train import Trainer, train
 
 CONFIG = Config(
-    model=ModelConfig(
-        latent_dim=3,
-        components=2,
-        frequencies=4,
-        encoder_centroids=(12, 6),
-        encoder_neighbors=(5, 4),
-        encoder_channels=(4, 5),
-        weight_net=(4,),
-        flow_layers=2,
-        hypernet_widths=(6,),
-        inr_widths=(5,),
-        gating_widths=(4,),
-        kl_samples=2,
-    ),
+    model=ModelConfig(**SIZES),
     train=TrainConfig(batch_size=6, threads=1),
 )
 
