@@ -59,7 +59,8 @@ class _Decoder(nn.Module):
         else:
             log_pi = self.gating_prior(features, z)
         mean, mean_map = inr_mixture_mean(self.hypernet(z), features, log_pi, self.inr, self.likelihood)
-        return mean, mean_map, log_pi.exp().mT.expand(-1, coords.shape[1], -1)
+        # A view as output would have torch.export compare its sizes with its base's, and tie M to K.
+        return mean, mean_map, log_pi.expand(-1, -1, coords.shape[1]).mT.exp()
 
 
 def export_encoder(model: VaMoH) -> ExportedProgram:
