@@ -247,7 +247,7 @@ def test_nothing_is_saved_or_measured_before_all_is_looked_at(tmp_path: Path) ->
 
 
 def test_lines_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vamoh.train"], "_MOST_UNREAD", 3)
+    monkeypatch.setattr(sys.modules["vamoh.trainer"], "_MOST_UNREAD", 3)
     trainer = Trainer(CONFIG, dataset())
     trainer._asynchronous = True
     unread = []

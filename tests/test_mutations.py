@@ -40,8 +40,8 @@ from vamoh.config import Config, ModelConfig, config_to_dict, config_to_yaml, lo
 from vamoh.data import netcdf_process
 from vamoh.kernels import _plan
 from vamoh.masks import completion_mask
+from vamoh.resume import check_state, moments
 from vamoh.runlog import read_log
-from vamoh.train import _check_state, _moments
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 import mutations as data_files  # type: ignore[import-not-found]
@@ -155,9 +155,9 @@ def readers(folder: Path) -> Iterator[tuple[str, list[bytes], Reader]]:
     def read_state(content: bytes) -> None:
         sealed("trainer.pt", content)
         found = checkpoint.load_training_state(run)
-        _check_state(run, found)
-        moments = _moments(run, found["optimizer"], parameters)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        check_state(run, found)
+        restored = moments(run, found["optimizer"], parameters)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
         optimizer.step()
 
     def read_theirs(content: bytes) -> None:

@@ -592,7 +592,7 @@ def test_handlers_are_restored_and_a_second_signal_acts(
         train(CONFIG, tmp_path / "b", progress=False)
     assert (caught.value.signal, caught.value.step, caught.value.run_folder) == (signal.SIGINT, 1, tmp_path / "b")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    with module._stop_signals() as received:  # type: ignore[attr-defined]
+    with module.stop_signals() as received:  # type: ignore[attr-defined]
         signal.raise_signal(signal.SIGINT)
         assert received == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
