@@ -286,6 +286,7 @@ def test_every_wrong_command_is_explained(
         assert err.strip(), words
 
 
+@pytest.mark.slow
 def test_files_of_rubbish(tmp_path: Path, folder: Path) -> None:
     """Bytes at random, and good files with bytes at random, in the place of every file that is read."""
     generator = np.random.default_rng(0)

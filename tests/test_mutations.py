@@ -307,6 +307,7 @@ def run_mutations(
         yield name, ends, wrong
 
 
+@pytest.mark.slow
 def test_a_thousand_damaged_inputs(tmp_path: Path) -> None:
     names = []
     for name, ends, wrong in run_mutations(100, 0, tmp_path, readers(tmp_path)):

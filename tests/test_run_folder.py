@@ -273,6 +273,7 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path, config: Config) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_readers_during_training(run: Path) -> None:
     """The checkpoint is replaced again and again while it is read."""
     model, config = checkpoint.load(run), load_run_config(run)

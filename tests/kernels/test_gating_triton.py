@@ -28,7 +28,7 @@ SIZES = [
     (2, 129, 9, (6, 11), 3, 2),
     (2, 130, 7, (), 7, 2),
     (1, 65, 70, (33,), 17, 1),
-    (9, 5, 16, (3, 4, 5), 2, 4),
+    pytest.param((9, 5, 16, (3, 4, 5), 2, 4), marks=pytest.mark.slow),
     (1, 9, 130, (), 64, 1),
 ]  # B, N, H, widths, K, C
 
@@ -141,6 +141,7 @@ def test_bounded_logits_near_zero_keep_their_digits(device):
     torch.testing.assert_close(result, x.double().tanh(), rtol=0, atol=8 * UNIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_shares_of_the_work(shared, device):
     """Several tiles per group and functions per share, and the same bits each time."""
@@ -154,6 +155,7 @@ def test_shares_of_the_work(shared, device):
     assert all(map(torch.equal, result, run(single, True, "triton")))
 
 
+@pytest.mark.slow
 def test_functions_are_shared_out_where_points_are_few(device):
     p = kernels._plan("gating_backward", 40, 3, (5, 4, 3), "ieee", kernels.device_of(torch.device(device)))
     assert p.shares > 1 and p.groups == 1
@@ -296,6 +298,7 @@ def test_divergence_of_strided_and_empty_inputs(device):
         assert [g.shape for g in torch.autograd.grad([q.sum(), kl.sum()], zeros)] == [shape] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [0, 2])
 def test_contract_of_torch_library(channels, device):
     torch.use_deterministic_algorithms(False)

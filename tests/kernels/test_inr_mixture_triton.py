@@ -212,6 +212,7 @@ def test_means_next_to_the_ends(kind, device):
         assert (a.cpu().double() - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["shared", "mirrored"])
 def test_shares_of_the_points(features, device):
     """Several tiles per share, several shares per network, and the same bits each time."""

@@ -31,8 +31,8 @@ SIZES = [  # S, B, Z, T: around whole tiles, powers of two and shares
     (1, 3, 2, 2),
     (16, 5, 16, 3),
     (65, 2, 4, 6),
-    (37, 2, 33, 13),
-    (300, 1, 18, 5),
+    pytest.param((37, 2, 33, 13), marks=pytest.mark.slow),
+    pytest.param((300, 1, 18, 5), marks=pytest.mark.slow),
     (9, 2, 130, 4),
     (5, 1, 520, 2),
 ]
@@ -220,6 +220,7 @@ def test_words_are_those_of_the_reference(device):
         assert torch.equal(out.cpu(), torch.stack(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [True, False])
 def test_deep_flows(published, device):
     """As deep as the models' deepest, at both initialisations."""
@@ -262,6 +263,7 @@ def test_slope_is_an_argument(slope, device):
         raise AssertionError("choose another case")
 
 
+@pytest.mark.slow
 def test_shares_of_the_samples(device):
     """Several tiles per share, several shares per function, and the same bits each time."""
     size = (5000, 1, 3, 2)
@@ -330,6 +332,7 @@ def test_no_functions_and_no_samples(device):
         assert [t.shape for t in planar_flow_sample(mean[:0], flow, backend="triton")] == [(0, 3), (0,)]
 
 
+@pytest.mark.slow
 def test_contract_of_torch_library(device):
     torch.use_deterministic_algorithms(False)
     mean, std, flow, _ = case(5, 2, 3, 4)

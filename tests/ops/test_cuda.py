@@ -151,6 +151,7 @@ def resources(nvcc: str, source: Path, arch: str) -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_spills_and_the_table_of_resources_is_right():
     nvcc = shutil.which("nvcc")
     if nvcc is None or shutil.which("c++filt") is None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -44,11 +45,17 @@ def encoded_grid(n: int, frequencies: int = 128) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], 1)
 
 
+@cache
+def whole_cloud(n: int, d: int, m: int) -> tuple[Tensor, list[int]]:
+    """Coordinates and what is to be found."""
+    coords = whole(n, d)
+    return coords, oracle(coords.long().tolist(), m)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "d", "m"), SIZES)
 def test_matches_definition(backend, n, d, m, dtype):
-    coords = whole(n, d)
-    expected = oracle(coords.long().tolist(), m)
+    coords, expected = whole_cloud(n, d, m)
     result = farthest_point_sample(coords.to(dtype), m, backend=backend)
     assert result.dtype == torch.int64
     assert result.tolist() == expected
@@ -80,24 +87,27 @@ def lattice_cloud(batch: int, n: int, half: int = 30) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(generator.integers(0, half + 1, (batch, n, 1))), table
 
 
+def order_by_table(places: list[int], samples: int, table: list[float], mask: list[bool]) -> list[int]:
+    """The definition, one function: places [N]."""
+    left = [i for i, taken in enumerate(mask) if taken]
+    if len(left) <= samples:
+        return left + [-1] * (samples - len(left))
+    taken = [left.pop(0)]
+    while len(taken) < samples:
+        gap = {i: min(table[len(table) // 2 + places[i] - places[j]] for j in taken) for i in left}
+        taken.append(min(gap, key=lambda i: (-gap[i], i)))
+        left.remove(taken[-1])
+    return taken
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m"), [(2, 1), (5, 2), (64, 20), (65, 64), (129, 40)])
 def test_table_of_distances(backend, isas, monkeypatch, n, m, dtype):
     places, table = lattice_cloud(3, n)
     mask = torch.from_numpy(np.random.default_rng(2).random((3, n)) < 0.7) | (torch.arange(n) % 3 == 0)
-
-    def order(b: int) -> list[int]:
-        left = mask[b].nonzero()[:, 0].tolist()
-        if len(left) <= m:
-            return left + [-1] * (m - len(left))
-        taken = [left.pop(0)]
-        while len(taken) < m:
-            gap = {i: min(float(table[30 + places[b, i] - places[b, j]]) for j in taken) for i in left}
-            taken.append(min(gap, key=lambda i: (-gap[i], i)))
-            left.remove(taken[-1])
-        return taken
-
-    expected = [order(b)[: min(m, int(mask.sum(1).max()))] for b in range(3)]
+    clouds = zip(places[..., 0].tolist(), mask.tolist(), strict=True)
+    most = min(m, int(mask.sum(1).max()))
+    expected = [order_by_table(cloud, m, table.tolist(), kept)[:most] for cloud, kept in clouds]
     for isa in isas if backend == "cpu" else [None]:
         if isa:
             monkeypatch.setenv("VAMOH_ISA", isa)
@@ -176,9 +186,11 @@ def test_every_isa_thread_count_and_the_reference_agree_to_the_bit(isas, monkeyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_clouds_on_every_isa(isas, monkeypatch, wide_cloud, dtype):
     coords = wide_cloud.to(dtype)
+    clouds = torch.stack([coords, coords.flip(0), -coords])
     mask = torch.rand(3, len(coords)) < 0.9
-    for cloud, m in ((coords, None), (coords, mask), (torch.stack([coords, coords.flip(0), -coords]), mask)):
-        expected = farthest_point_sample(cloud, len(coords) // 2, m, backend="reference")
+    seen = torch.cat([mask, mask[1:], torch.ones_like(mask[:1])])
+    every = farthest_point_sample(clouds[[0, 1, 2, 0, 0, 0]], len(coords) // 2, seen, backend="reference")
+    for cloud, m, expected in ((coords, None, every[5]), (coords, mask, every[[0, 3, 4]]), (clouds, mask, every[:3])):
         for isa in isas:
             monkeypatch.setenv("VAMOH_ISA", isa)
             for threads in (1, 3, 5):

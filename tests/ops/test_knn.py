@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +78,14 @@ def lattice_cloud(batch: int, n: int, half: int = 30, seed: int = 0) -> tuple[Te
     return torch.from_numpy(generator.integers(0, half + 1, (batch, n, 1))), table
 
 
+def by_table(places: Tensor, queries: Tensor, neighbors: int, table: Tensor, mask: Tensor) -> list[list[int]]:
+    """The definition, one function: places [N], queries [M], mask [N]."""
+    distances, half = table.tolist(), len(table) // 2
+    candidates = [(i, int(places[i])) for i in mask.nonzero()[:, 0].tolist()]
+    rows = [{i: distances[half + place - q] for i, place in candidates} for q in queries.tolist()]
+    return [sorted(row, key=lambda i, row=row: (row[i], i))[:neighbors] for row in rows]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m", "s"), [(1, 1, 1), (5, 3, 5), (33, 70, 9), (100, 7, 27), (129, 65, 64)])
 def test_table_of_distances(backend, isas, monkeypatch, n, m, s, dtype):
@@ -83,11 +93,8 @@ def test_table_of_distances(backend, isas, monkeypatch, n, m, s, dtype):
     queries, _ = lattice_cloud(3, m, seed=1)
     mask = torch.from_numpy(np.random.default_rng(2).random((3, n)) < 0.7) | (torch.arange(n) < s)
 
-    def nearest(b: int, q: int) -> list[int]:
-        distance = {i: float(table[30 + places[b, i] - queries[b, q]]) for i in range(n) if mask[b, i]}
-        return sorted(distance, key=lambda i: (distance[i], i))[:s]
-
-    expected = [[nearest(b, q) for q in range(m)] for b in range(3)]
+    clouds = zip(places[..., 0], queries[..., 0], mask, strict=True)
+    expected = [by_table(cloud, query, s, table, kept) for cloud, query, kept in clouds]
     for isa in isas if backend == "cpu" else [None]:
         if isa:
             monkeypatch.setenv("VAMOH_ISA", isa)
@@ -98,23 +105,24 @@ def test_table_of_distances(backend, isas, monkeypatch, n, m, s, dtype):
     assert torch.equal(shared, knn(places[0], queries, s, table=table.repeat_interleave(2)[::2], backend=backend))
 
 
-def by_table(places: Tensor, queries: Tensor, neighbors: int, table: Tensor, mask: Tensor) -> list[list[int]]:
-    """The definition, one function: places [N], queries [M], mask [N]."""
-    half, candidates = len(table) // 2, mask.nonzero()[:, 0].tolist()
-    rows = [{i: float(table[half + places[i] - q]) for i in candidates} for q in queries]
-    return [sorted(row, key=lambda i, row=row: (row[i], i))[:neighbors] for row in rows]
+@cache
+def lattice_search(n: int, share: float, s: int, values: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]:
+    """Table, places [2, N], queries [2, M], mask [2, N], and what is to be found."""
+    generator = np.random.default_rng([n, s, values])
+    table = torch.from_numpy(generator.integers(0, values, 401))
+    places = torch.from_numpy(np.stack([generator.permutation(201)[:n] for _ in range(2)]))
+    queries = torch.from_numpy(generator.integers(0, 201, (2, 150)))
+    mask = torch.from_numpy(generator.random((2, n)) < share) | (torch.arange(n) < s)
+    expected = [by_table(*clouds, s, table, kept) for *clouds, kept in zip(places, queries, mask, strict=True)]
+    return table, places, queries, mask, expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("values", [2, 9, 10**6])  # all but a few distances tie; many; hardly any
 @pytest.mark.parametrize(("n", "share", "s"), [(200, 1.0, 1), (200, 0.5, 9), (60, 0.7, 30), (201, 0.1, 14)])
 def test_cells_in_the_order_of_their_distance(backend, n, share, s, values, dtype):
-    generator = np.random.default_rng([n, s, values])
-    table = torch.from_numpy(generator.integers(0, values, 401)).to(dtype)
-    places = torch.from_numpy(np.stack([generator.permutation(201)[:n] for _ in range(2)]))
-    queries = torch.from_numpy(generator.integers(0, 201, (2, 150)))
-    mask = torch.from_numpy(generator.random((2, n)) < share) | (torch.arange(n) < s)
-    expected = [by_table(*clouds, s, table, kept) for *clouds, kept in zip(places, queries, mask, strict=True)]
+    table, places, queries, mask, expected = lattice_search(n, share, s, values)
+    table = table.to(dtype)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         result = knn(places[..., None], queries[..., None], s, mask, table=table, backend=backend)
