@@ -203,17 +203,22 @@ def fresh_choice() -> Iterator[None]:
 @pytest.fixture
 def cuda_on_host(cuda_on_host_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let the backend "cuda" take CPU tensors and run its kernels on the host, threads in random order."""
-    cuda_on_host_module.set_seed(2)
+    let_cuda_run_here(cuda_on_host_module, monkeypatch.setattr)
+    return "cuda"
+
+
+def let_cuda_run_here(on_host: ModuleType, set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Replace the backend "cuda" by a module for host memory."""
+    on_host.set_seed(2)
     both = ModuleType("both")
-    for module in (native(), cuda_on_host_module):
+    for module in (native(), on_host):
         both.__dict__.update(vars(module) if module else {})
     for op in all_ops():
         here = [
             dataclasses.replace(i, devices=("cpu",), unavailable=lambda: None) if i.backend == "cuda" else i
             for i in op.implementations
         ]
-        monkeypatch.setattr(op, "implementations", here)
-        monkeypatch.setattr(op, "_chosen", {})
-    monkeypatch.setattr(_native, "_load", lambda: (both, None))
-    monkeypatch.setattr(_native, "_current_stream", lambda device: contextlib.nullcontext(0))
-    return "cuda"
+        set_attribute(op, "implementations", here)
+        set_attribute(op, "_chosen", {})
+    set_attribute(_native, "_load", lambda: (both, None))
+    set_attribute(_native, "_current_stream", lambda device: contextlib.nullcontext(0))

@@ -72,7 +72,7 @@ def uniform(*shape: int) -> Tensor:
 
 
 def index(count: int, *shape: int) -> Tensor:
-    return torch.randint(count, shape, generator=torch.Generator().manual_seed(count))
+    return torch.randint(max(count, 1), shape, generator=torch.Generator().manual_seed(count))
 
 
 def calls(s: Size) -> Iterator[Call]:
