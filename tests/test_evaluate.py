@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny import SIZES
 from vamoh.data import Dataset
-from vamoh.evaluate import MAX_PSNR, evaluate_model, infer, split_indices, thin
+from vamoh.evaluate import evaluate_model, infer, split_indices, thin
 from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
 from vamoh.metrics import crps, psnr

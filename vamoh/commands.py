@@ -30,12 +30,12 @@ from vamoh.config import Config, load_run_config
 from vamoh.data import Dataset, Domain, open_dataset
 from vamoh.data.function import Function, read_function
 from vamoh.distributed import join
-from vamoh.evaluate import MAX_PSNR, completable, evaluate_model, infer, observe, split_indices, thin
+from vamoh.evaluate import completable, evaluate_model, infer, observe, split_indices, thin
 from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
 from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
-from vamoh.metrics import psnr
+from vamoh.metrics import MAX_PSNR, psnr
 from vamoh.model import VaMoH
 from vamoh.ops import status
 from vamoh.points import PointSet, grid_shape, sphere_grid_shape

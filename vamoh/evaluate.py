@@ -13,11 +13,10 @@ from vamoh._checks import check_positive, check_seed, check_type
 from vamoh._progress import Progress
 from vamoh.data import Dataset
 from vamoh.masks import completion_mask
+from vamoh.metrics import MAX_PSNR
 from vamoh.model import VaMoH
 from vamoh.points import PointSet
 
-# Stands for the infinite PSNR of an exact reconstruction, so that averages stay finite.
-MAX_PSNR = 100.0
 COMPLETIONS = ("patch", "half", "outside", "random:0.5")
 """Masks that every evaluation completes."""
 DRAWS = 8

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from vamoh._checks import FLOATING, check_number, check_positive, check_tensor
 
+MAX_PSNR = 100.0
+"""Stands for the infinite PSNR of an exact reconstruction where figures are averaged or logged."""
+
 
 def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error over points and channels, [B].

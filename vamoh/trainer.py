@@ -24,14 +24,12 @@ from vamoh.data import Dataset
 from vamoh.distributed import ALONE, Workers, apart, own, spread, whole
 from vamoh.elbo import ElboTerms
 from vamoh.masks import context_mask
-from vamoh.metrics import psnr
+from vamoh.metrics import MAX_PSNR, psnr
 from vamoh.model import VaMoH
 from vamoh.points import PointSet, domain, observed_coords, upload
 from vamoh.resume import check_config, check_data, check_state, moments
 
 _ORDER, _POINTS, _NOISE, _VALIDATION, _DOMAIN = range(5)
-# An exact reconstruction has infinite PSNR, which JSON cannot hold; float32 ends near this.
-_MAX_PSNR = 150.0
 _LEAST_SCALE = 0.25
 """Bare points that span less of [-1, 1] are of other units."""
 _MOST_UNREAD = 1000
@@ -256,7 +254,7 @@ class Trainer:
         for indices in every.split(self.batch_size):
             terms, points = self._bound(indices, generator)
             mean = self._call("reconstruct", points)["mean"]
-            decibel = psnr(mean, points.values, points.mask).clamp(max=_MAX_PSNR)
+            decibel = psnr(mean, points.values, points.mask).clamp(max=MAX_PSNR)
             decibel = self.workers.gather({"psnr": decibel}, len(indices))["psnr"]
             for name, value in {**terms, "psnr": decibel.mean().item()}.items():
                 totals[name] = totals.get(name, 0.0) + value * len(indices) / len(every)
