@@ -20,7 +20,7 @@ from vamoh.ops import status
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 
-HELPERS = {"_version", "_checks", "_cache", "_files", "_initial", "_lock", "_progress", "_shown"}
+HELPERS = {"_version", "_checks", "_cache", "_files", "_initial", "_lock", "_options", "_progress", "_shown"}
 ROOMS = (
     "points", "layout", "encoding", "encoder", "latent", "hypernet", "gating", "likelihood", "generator", "elbo",
 )  # fmt: skip

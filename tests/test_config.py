@@ -6,7 +6,7 @@ import inspect
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro")
 import tyro
 
 import vamoh.config
+from vamoh._options import Activation, LikelihoodKind
 from vamoh.config import (
     PRESETS,
     BetaConfig,
@@ -31,6 +32,8 @@ from vamoh.config import (
     save_config,
 )
 from vamoh.model import VaMoH
+from vamoh.ops.inr_mixture import ACTIVATIONS
+from vamoh.ops.likelihood import KINDS
 
 # The paper's Table 3.
 TABLE_3: dict[str, dict[str, Any]] = {
@@ -136,6 +139,11 @@ def test_model_section_mirrors_the_constructor() -> None:
     assert vars(ModelConfig()) == wanted
 
 
+def test_choices_are_those_of_the_ops() -> None:
+    assert list(get_args(LikelihoodKind)) == list(KINDS)
+    assert list(get_args(Activation)) == list(ACTIVATIONS)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
     save_config(preset(name), tmp_path / "config.yaml")
@@ -146,7 +154,7 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
 def test_yaml_round_trip_of_awkward_values(tmp_path: Path) -> None:
     config = Config(
         data=DataConfig(name="images", path="1e-3", size=7),
-        model=ModelConfig(weight_net_slope=0.1 + 0.2, inr_widths=(), pool_centroids=(5,), pool_neighbors=(2,)),
+        model=ModelConfig(weight_net_slope=0.1 + 0.2, inr_widths=(), pool_centroids=(50,), pool_neighbors=(2,)),
         train=TrainConfig(lr=1.2345678901234567e-7, clip=float("inf"), beta_z=BetaConfig(0.5, "linear", 1, 2)),
         seed=2**62 + 1,
     )
@@ -166,6 +174,8 @@ def test_a_file_may_say_only_what_it_changes(tmp_path: Path) -> None:
         model=replace(base.model, inr_widths=(8, 8)),
         train=replace(base.train, lr=0.00001, beta_c=BetaConfig(2.0)),
     )
+    path.write_text("model: {coord_offset: [0, 1.5], coord_scale: [100, 2]}\n")
+    assert load_config(path).model.coord_scale == (100.0, 2.0)
     path.write_text("")
     assert load_config(path) == Config()
 
@@ -213,14 +223,15 @@ def test_bad_keys_and_types(content: Any, error: type[Exception], message: str) 
     [
         ("model", {"components": 0}, "model.components must be at least 1, got 0"),
         ("model", {"frequencies": -1}, "model.frequencies must be at least 0, got -1"),
-        ("model", {"scale": 0.0}, "model.scale must be above 0, got 0.0"),
+        ("model", {"scale": 0.0}, "model.scale must be above 0 and below 1, got 0.0"),
         ("model", {"inr_slope": float("nan")}, "model.inr_slope must be a number, finite and below 2.63, got nan"),
         ("model", {"inr_widths": [8, 0]}, r"model.inr_widths must be a list of ints of at least 1, got \[8, 0\]"),
         ("model", {"weight_net": []}, r"model.weight_net must be a list of at least one int, got \[\]"),
-        ("model", {"encoder_neighbors": [9]}, r"encoder_neighbors must be as long as model.encoder_centroids \(3\)"),
-        ("model", {"encoder_channels": [9] * 4}, r"encoder_channels must be as long as model.encoder_centroids \(3\)"),
+        ("model", {"encoder_neighbors": [9]}, r"model.encoder_neighbors must be as long as encoder_centroids \(3\)"),
+        ("model", {"encoder_channels": [9] * 4}, r"model.encoder_channels must be as long as encoder_centroids \(3\)"),
         ("model", {"pool_centroids": [9] * 4}, "model.pool_centroids must be at most 3 long"),
-        ("model", {"pool_centroids": [9]}, r"model.pool_neighbors must be as long as model.pool_centroids \(1\)"),
+        ("model", {"pool_centroids": [9]}, r"model.pool_neighbors must be as long as pool_centroids \(1\)"),
+        ("model", {"encoder_neighbors": [9, 9, 50]}, r"model.encoder_neighbors .* stage before \(here 49\), got \[9, "),
         ("data", {"size": 0}, "data.size must be at least 1, got 0"),
         ("train", {"steps": 0}, "train.steps must be at least 1, got 0"),
         ("train", {"num_points": 0}, "train.num_points must be at least 1, got 0"),

@@ -16,7 +16,7 @@ from vamoh.data import Dataset
 from vamoh.evaluate import evaluate_model, infer, split_indices, thin
 from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
-from vamoh.metrics import crps, psnr
+from vamoh.metrics import MAX_PSNR, crps, psnr
 from vamoh.model import VaMoH
 from vamoh.points import PointSet, grid_coords
 

@@ -57,12 +57,12 @@ def test_values_outside_the_unit_interval():
     ("change", "message"),
     [
         ({"kind": "gauss"}, "likelihood must be one of logistic, bernoulli, continuous_bernoulli, got 'gauss'"),
-        ({"scale": 0.0}, "scale must be between 0 and 1, got 0.0"),
-        ({"scale": float("nan")}, "scale must be between 0 and 1, got nan"),
-        ({"bin_width": -1.0}, "bin_width must be positive, got -1.0"),
+        ({"scale": 0.0}, "scale must be above 0 and below 1, got 0.0"),
+        ({"scale": float("nan")}, "scale must be a number, finite and below 2.63, got nan"),
+        ({"bin_width": -1.0}, "bin_width must be above 0, got -1.0"),
         ({"epsilon": -1e-9}, "epsilon must be at least 0, got -1e-09"),
-        ({"epsilon": float("nan")}, "epsilon must be at least 0, got nan"),
-        ({"max_scale": 0.0}, "max_scale must be positive, got 0.0"),
+        ({"epsilon": float("nan")}, "epsilon must be a number, finite and below 2.63, got nan"),
+        ({"max_scale": 0.0}, "max_scale must be above 0, got 0.0"),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 import re
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +13,21 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from vamoh._files import check_name, check_path, read_file, reading, write_file
-from vamoh._shown import LENGTH, shown, unquoted
+from vamoh._options import (
+    Activation,
+    Centroids,
+    GatingBound,
+    Initialization,
+    Kl,
+    LikelihoodKind,
+    NeighborMetric,
+    Prior,
+    check_model,
+    check_types,
+    nearest,
+    plain,
+)
+from vamoh._shown import shown, unquoted
 
 T = TypeVar("T")
 
@@ -60,13 +71,13 @@ class ModelConfig:
     """what is taken from the coordinates; none: nothing, but training measures bare points of other units"""
     coord_scale: tuple[float, ...] = ()
     """what they are then divided by, along every axis"""
-    neighbor_metric: Literal["encoded", "raw"] = "encoded"
+    neighbor_metric: NeighborMetric = "encoded"
     """coordinates in which neighbours are near"""
-    centroids: Literal["ordered", "points", "fixed"] = "ordered"
+    centroids: Centroids = "ordered"
     """of the encoder: points of the cloud, or coordinates chosen once from the data's domain"""
     encoder_density: bool = False
     """the encoder sees values as 2y - 1, with a constant 1 beside them"""
-    prior: Literal["normal", "flow"] = "flow"
+    prior: Prior = "flow"
     """p(z): standard normal or planar flow"""
     flow_layers: int = 10
     """planar layers T of the flow"""
@@ -74,7 +85,7 @@ class ModelConfig:
     """hidden widths of each hypernetwork"""
     inr_widths: tuple[int, ...] = (32, 32)
     """hidden widths of each generated network"""
-    inr_activation: Literal["leaky_relu", "relu", "sine"] = "leaky_relu"
+    inr_activation: Activation = "leaky_relu"
     """activation of the generated networks"""
     inr_slope: float = 0.1
     """slope of the leaky activation"""
@@ -82,9 +93,9 @@ class ModelConfig:
     """frequency of the sine activation"""
     gating_widths: tuple[int, ...] = (32, 32)
     """hidden widths of p(c | x, z) and q(c | x, y, z)"""
-    gating_bound: Literal["none", "tanh"] = "none"
+    gating_bound: GatingBound = "none"
     """bound on the gating logits; tanh, as in the published code"""
-    likelihood: Literal["logistic", "bernoulli", "continuous_bernoulli"] = "logistic"
+    likelihood: LikelihoodKind = "logistic"
     """p(y | x, z, c)"""
     scale: float = 0.1
     """initial scale of the logistic"""
@@ -98,37 +109,16 @@ class ModelConfig:
     """added to a bin's probability"""
     open_ends: bool = False
     """the first and last bin reach to infinity"""
-    kl: Literal["exact", "cross_entropy"] = "exact"
+    kl: Kl = "exact"
     """objective: the true bound, or what the published code computes"""
     kl_samples: int = 16
     """samples of z of the KL estimate"""
-    initialization: Literal["stable", "published"] = "stable"
+    initialization: Initialization = "stable"
     """initial values: near neutral, or as in the published code"""
 
     def __post_init__(self) -> None:
         _check_types(self, "model")
-        for name in ("latent_dim", "components", "flow_layers", "kl_samples"):
-            _check("model", self, name, getattr(self, name) >= 1, "at least 1")
-        _check("model", self, "frequencies", self.frequencies >= 0, "at least 0")
-        for name in ("frequency_scale", "inr_omega", "scale", "max_scale", "bin_width"):
-            _check("model", self, name, getattr(self, name) > 0, "above 0")
-        for name in ("inr_slope", "epsilon"):
-            _check("model", self, name, getattr(self, name) >= 0, "at least 0")
-        lists = ("encoder_centroids", "encoder_neighbors", "encoder_channels", "pool_centroids", "pool_neighbors")
-        for name in (*lists, "weight_net", "hypernet_widths", "inr_widths", "gating_widths"):
-            _check("model", self, name, all(n >= 1 for n in getattr(self, name)), "a list of ints of at least 1")
-        for name in ("encoder_centroids", "weight_net"):
-            _check("model", self, name, len(getattr(self, name)) >= 1, "a list of at least one int")
-        _check("model", self, "coord_scale", all(s > 0 for s in self.coord_scale), "a list of numbers above 0")
-        wanted = f"as long as model.coord_offset ({len(self.coord_offset)})"
-        _check("model", self, "coord_scale", len(self.coord_scale) == len(self.coord_offset), wanted)
-        layers = len(self.encoder_centroids)
-        for name in ("encoder_neighbors", "encoder_channels"):
-            wanted = f"as long as model.encoder_centroids ({layers})"
-            _check("model", self, name, len(getattr(self, name)) == layers, wanted)
-        _check("model", self, "pool_centroids", len(self.pool_centroids) <= layers, f"at most {layers} long")
-        wanted = f"as long as model.pool_centroids ({len(self.pool_centroids)})"
-        _check("model", self, "pool_neighbors", len(self.pool_neighbors) == len(self.pool_centroids), wanted)
+        check_model("config: model.", vars(self))
 
 
 @dataclass(frozen=True)
@@ -301,9 +291,7 @@ def preset(name: str) -> Config:
     if not isinstance(name, str):
         raise TypeError(f"preset: name must be a str, got {type(name).__name__}")
     if name not in PRESETS:
-        raise ValueError(
-            f"preset: name must be one of {', '.join(PRESETS)}, got {shown(name)}{_nearest(name, PRESETS)}"
-        )
+        raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}, got {shown(name)}{nearest(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -354,7 +342,7 @@ def config_to_yaml(config: Config) -> str:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Nested dictionary of plain values; tuples become lists."""
-    return typing.cast(dict[str, Any], _plain(asdict(config)))
+    return typing.cast(dict[str, Any], plain(asdict(config)))
 
 
 def config_from_dict(content: Mapping[str, Any]) -> Config:
@@ -429,7 +417,7 @@ def _build(base: T, content: Mapping[str, Any], section: str) -> T:
     for key, value in content.items():
         where = f"{section}.{unquoted(key)}" if section else unquoted(key)
         if key not in values:
-            hint = _nearest(unquoted(key), values) or f"; {section or 'config'} has {', '.join(values)}"
+            hint = nearest(unquoted(key), values) or f"; {section or 'config'} has {', '.join(values)}"
             raise ValueError(f"config: unknown key {where}{hint}")
         if is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
@@ -446,68 +434,18 @@ def _build(base: T, content: Mapping[str, Any], section: str) -> T:
         raise type(error)(text) from None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
 def _check(section: str, config: object, name: str, good: bool, wanted: str) -> None:
     if not good:
         key = f"{section}.{name}" if section else name
-        raise ValueError(f"config: {key} must be {wanted}, got {shown(_plain(getattr(config, name)))}")
+        raise ValueError(f"config: {key} must be {wanted}, got {shown(plain(getattr(config, name)))}")
 
 
 def _check_types(config: Any, section: str) -> None:
     """Check every field against its annotation; ints given for floats become floats."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        key = f"{section}.{name}" if section else name
-        if not _is_bounded(value) and not (name == "clip" and value == math.inf):
-            raise ValueError(f"config: {key} must be {_describe(hint)}, finite and below 2^63, got {shown(value)}")
-        if isinstance(value, int) and not isinstance(value, bool) and _fits(1.0, hint) and not _fits(1, hint):
-            object.__setattr__(config, name, float(value))
-        elif not _fits(value, hint):
-            got = f"{shown(_plain(value))} ({type(_plain(value)).__name__})"
-            error = ValueError if typing.get_origin(hint) is Literal and isinstance(value, str) else TypeError
-            near = _nearest(value[:LENGTH], typing.get_args(hint)) if error is ValueError else ""
-            raise error(f"config: {key} must be {_describe(hint)}, got {got}{near}")
-
-
-def _is_bounded(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_bounded(entry) for entry in value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or abs(value) < 2**63
-
-
-def _fits(value: object, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(entry, arguments[0]) for entry in value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    if origin is tuple:
-        return f"a list of {arguments[0].__name__}s"
-    names = {int: "an int", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
-    return names.get(hint) or f"a {hint.__name__}"
+    hints = typing.get_type_hints(type(config))
+    where = f"config: {section}." if section else "config: "
+    for name, value in check_types(where, hints, vars(config)).items():
+        object.__setattr__(config, name, value)
 
 
 def _read(path: Path) -> Any:

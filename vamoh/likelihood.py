@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from vamoh._checks import check_choice, check_number, check_type
+from vamoh._options import check_likelihood, check_types
 from vamoh.ops import likelihood as op
 
 
@@ -36,22 +37,17 @@ class Likelihood(nn.Module):
         open_ends: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("Likelihood", "likelihood", kind, op.KINDS)
-        numbers = {"scale": scale, "max_scale": max_scale, "bin_width": bin_width, "epsilon": epsilon}
-        for name, number in numbers.items():
-            check_type("Likelihood", name, number, int, float)
-        for name, flag in (("learn_scale", learn_scale), ("open_ends", open_ends)):
-            check_type("Likelihood", name, flag, bool)
-        if not 0 < scale < 1:
-            raise ValueError(f"Likelihood: scale must be between 0 and 1, got {scale}")
-        if not bin_width > 0:
-            raise ValueError(f"Likelihood: bin_width must be positive, got {bin_width}")
-        if not max_scale > 0:
-            raise ValueError(f"Likelihood: max_scale must be positive, got {max_scale}")
-        if not epsilon >= 0:
-            raise ValueError(f"Likelihood: epsilon must be at least 0, got {epsilon}")
-        check_number("Likelihood", "bin_width", bin_width)
-        check_number("Likelihood", "epsilon", epsilon)
+        options = {
+            "likelihood": kind,
+            "scale": scale,
+            "learn_scale": learn_scale,
+            "max_scale": max_scale,
+            "bin_width": bin_width,
+            "epsilon": epsilon,
+            "open_ends": open_ends,
+        }
+        check_types("Likelihood: ", {**get_type_hints(Likelihood.__init__), "likelihood": str}, options)
+        check_likelihood("Likelihood: ", options)
         self.op = op.Likelihood(kind, bin_width / 2, epsilon, open_ends)
         self.max_scale = max_scale
         raw = torch.full((components, channels), math.log(scale / (1 - scale)))

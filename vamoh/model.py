@@ -5,26 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
 from vamoh._checks import (
-    check_choice,
     check_finite,
     check_memory,
     check_number,
     check_positive,
     check_seed,
-    check_sizes,
     check_tensor,
     check_type,
     may_look,
     trusted,
 )
 from vamoh._initial import own_generator
+from vamoh._options import check_model, check_types, encoder_stages
 from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures, raw_metric
@@ -36,7 +35,7 @@ from vamoh.likelihood import Likelihood
 from vamoh.ops import CounterNoise
 from vamoh.ops._noise import check_noise, counter_noise_reference
 from vamoh.ops.gating import categorical_kl
-from vamoh.ops.inr_mixture import ACTIVATIONS, Inr
+from vamoh.ops.inr_mixture import Inr
 from vamoh.ops.knn import knn
 from vamoh.ops.point_conv import gather
 from vamoh.points import PointSet, domain, lexicographic, observed_coords, upload
@@ -148,64 +147,16 @@ class VaMoH(nn.Module):
         initialization: str = "stable",
         seed: int = 0,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        sizes = {
-            "coord_dim": coord_dim,
-            "channels": channels,
-            "latent_dim": latent_dim,
-            "components": components,
-            "flow_layers": flow_layers,
-            "kl_samples": kl_samples,
-        }
-        for name, value in sizes.items():
-            check_positive("VaMoH", name, value)
-        if not isinstance(frequencies, int) or frequencies != 0:
-            check_positive("VaMoH", "frequencies", frequencies)
-        numbers = {"frequency_scale": frequency_scale, "inr_slope": inr_slope, "inr_omega": inr_omega}
-        if weight_net_slope is not None:
-            numbers["weight_net_slope"] = weight_net_slope
-        for name, number in numbers.items():
-            check_number("VaMoH", name, number)
-        check_type("VaMoH", "learn_frequencies", learn_frequencies, bool)
-        check_seed("VaMoH", "seed", seed)
-        widths = {
-            "encoder_channels": encoder_channels,
-            "weight_net": weight_net,
-            "hypernet_widths": hypernet_widths,
-            "inr_widths": inr_widths,
-            "gating_widths": gating_widths,
-        }
-        for name, entries in widths.items():
-            check_sizes("VaMoH", name, entries, "width")
-        for name, given in (("coord_offset", coord_offset), ("coord_scale", coord_scale)):
-            check_type("VaMoH", name, given, list, tuple)
-            if len(given) not in (0, coord_dim) or len(given) != len(coord_offset):
-                got = f"{list(coord_offset)} and {list(coord_scale)}"
-                raise ValueError(
-                    f"VaMoH: coord_offset and coord_scale must list {coord_dim} numbers or none, got {got}"
-                )
-            for entry in given:
-                check_number("VaMoH", name, entry)
-        if min(coord_scale, default=1) <= 0:
-            raise ValueError(f"VaMoH: coord_scale must be positive, got {coord_scale}")
-        for name, entries in {
-            "encoder_centroids": encoder_centroids,
-            "encoder_neighbors": encoder_neighbors,
-            "pool_centroids": pool_centroids,
-            "pool_neighbors": pool_neighbors,
-        }.items():
-            check_type("VaMoH", name, entries, list, tuple)
-        if not weight_net:
-            raise ValueError("VaMoH: weight_net must list at least one width")
-        check_choice("VaMoH", "neighbor_metric", neighbor_metric, ["encoded", "raw"])
-        check_choice("VaMoH", "centroids", centroids, ["ordered", "points", "fixed"])
-        check_type("VaMoH", "encoder_density", encoder_density, bool)
-        check_choice("VaMoH", "prior", prior, ["flow", "normal"])
-        check_choice("VaMoH", "inr_activation", inr_activation, ACTIVATIONS)
-        check_choice("VaMoH", "gating_bound", gating_bound, ["none", "tanh"])
-        check_choice("VaMoH", "kl", kl, ["exact", "cross_entropy"])
-        check_choice("VaMoH", "initialization", initialization, ["stable", "published"])
-        stages = _stages(encoder_centroids, encoder_neighbors, encoder_channels, pool_centroids, pool_neighbors)
+        for name in ("coord_dim", "channels"):
+            check_positive("VaMoH", name, options.pop(name))
+        check_seed("VaMoH", "seed", options.pop("seed"))
+        options = check_types("VaMoH: ", get_type_hints(VaMoH.__init__), options)
+        check_model("VaMoH: ", options)
+        if len(coord_offset) not in (0, coord_dim):
+            raise ValueError(f"VaMoH: coord_offset must list {coord_dim} numbers or none, got {list(coord_offset)}")
+        stages = [Stage(*stage) for stage in encoder_stages(options)]
         self.coord_dim, self.channels, self.latent_dim, self.components = coord_dim, channels, latent_dim, components
         self.neighbor_metric, self.centroids = neighbor_metric, centroids
         self.kl, self.kl_samples = kl, kl_samples
@@ -903,43 +854,3 @@ def site_neighbors_in_graph(coords: Tensor, sites: Tensor, frequencies: Tensor |
 @site_neighbors_in_graph.register_fake
 def _(coords: Tensor, sites: Tensor, frequencies: Tensor | None) -> Tensor:
     return coords.new_empty((coords.shape[0], *sites.shape[:2]), dtype=torch.int64)
-
-
-def _stages(
-    centroids: Sequence[int],
-    neighbors: Sequence[int],
-    channels: Sequence[int],
-    pool_centroids: Sequence[int],
-    pool_neighbors: Sequence[int],
-) -> list[Stage]:
-    """Interleave convolutions and poolings, and check that they fit each other."""
-    where = "VaMoH"
-    if not len(centroids) == len(neighbors) == len(channels) > 0:
-        raise ValueError(
-            f"{where}: encoder_centroids, encoder_neighbors and encoder_channels must have one length >= 1, "
-            f"got {len(centroids)}, {len(neighbors)} and {len(channels)}"
-        )
-    if len(pool_centroids) != len(pool_neighbors) or len(pool_centroids) > len(centroids):
-        raise ValueError(
-            f"{where}: pool_centroids and pool_neighbors must have one length of at most {len(centroids)}, "
-            f"got {len(pool_centroids)} and {len(pool_neighbors)}"
-        )
-    stages = []
-    for i in range(len(centroids)):
-        stages.append(Stage(centroids[i], neighbors[i], channels[i]))
-        if i < len(pool_centroids):
-            stages.append(Stage(pool_centroids[i], pool_neighbors[i], None))
-    for before, stage in zip([None, *stages], stages, strict=False):
-        for name, size in (("centroids", stage.centroids), ("neighbors", stage.neighbors)):
-            check_positive(where, f"encoder {name}", size)
-        if before is not None and stage.neighbors > before.centroids:
-            raise ValueError(
-                f"{where}: encoder_neighbors must be at most the centroids of the stage before, "
-                f"got {stage.neighbors} neighbours of {before.centroids} points"
-            )
-        if before is not None and stage.centroids > before.centroids:
-            raise ValueError(
-                f"{where}: encoder_centroids must not grow along the stack, "
-                f"got {stage.centroids} after {before.centroids}"
-            )
-    return stages
