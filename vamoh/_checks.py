@@ -21,31 +21,31 @@ from vamoh._shown import unquoted as unquoted
 FLOATING = (torch.float32, torch.float64)
 
 
-class _Trust(threading.local):
+class _Skipping(threading.local):
     depth = 0
 
 
-_trust = _Trust()
+_skipping = _Skipping()
 
 
-class _Trusted:
+class _SkipValueChecks:
     def __enter__(self) -> None:
-        _trust.depth += 1
+        _skipping.depth += 1
 
     def __exit__(self, *_: object) -> None:
-        _trust.depth -= 1
+        _skipping.depth -= 1
 
 
-def trusted() -> AbstractContextManager[None]:
-    """Leave out checks of contents in this thread: these tensors were made or checked before, and a GPU would wait."""
-    return nullcontext() if torch.compiler.is_compiling() else _Trusted()
+def skip_value_checks() -> AbstractContextManager[None]:
+    """Skip value checks in this thread (each would synchronise with the GPU); inputs were validated before."""
+    return nullcontext() if torch.compiler.is_compiling() else _SkipValueChecks()
 
 
-def may_look(value: Tensor) -> bool:
-    """Whether the contents can be looked at: not while torch.compile traces or a CUDA graph is captured, nor where
-    they are `trusted`.
+def values_readable(value: Tensor) -> bool:
+    """Whether the values can be read: not while torch.compile traces, a CUDA graph is captured, or checks of values are
+    skipped (`skip_value_checks`).
     """
-    if torch.compiler.is_compiling() or _trust.depth:
+    if torch.compiler.is_compiling() or _skipping.depth:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -98,9 +98,9 @@ def check_tensor(
 def check_finite(where: str, name: str, value: Tensor) -> None:
     """Raise ValueError when `value` holds NaN or infinite entries; says how many and where the first is.
 
-    Left out where contents cannot be looked at, see `may_look`.
+    Skipped where values cannot be read, see `values_readable`.
     """
-    if not may_look(value):
+    if not values_readable(value):
         return
     bad = ~torch.isfinite(value)
     if bad.any():
@@ -132,7 +132,7 @@ def check_number(where: str, name: str, value: object, low: float = -math.inf, h
     check_type(where, name, value, int, float)
     if torch.compiler.is_compiling():
         return
-    largest = 2.0**63 if isinstance(value, int) else sys.float_info.max  # more cannot be told to a tensor
+    largest = 2.0**63 if isinstance(value, int) else sys.float_info.max  # torch scalars cannot hold more
     if not (low <= value <= high and abs(value) <= largest):  # type: ignore[operator, arg-type]
         limits = f" from {low:g} to {high:g}" if math.isfinite(low) or math.isfinite(high) else ""
         raise ValueError(f"{where}: {name} must be a finite number{limits}, got {shown(value)}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vamoh._cache import ContentCache
-from vamoh._checks import check_type, may_look
+from vamoh._checks import check_type, values_readable
 from vamoh._initial import linear_layer
 from vamoh.ops._autocast import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
@@ -365,7 +365,7 @@ def check_neighborhoods(
                     f"{where}: {name} of neighborhoods[{i}] must be int64 with {dim} dimensions and batch 1 or "
                     f"{batch}, got {index.dtype} {list(index.shape)}"
                 )
-            if not (index.numel() and may_look(index)):
+            if not (index.numel() and values_readable(index)):
                 continue
             low, high = int(index.min()), int(index.max())
             known = count + (anchors if i == 0 and name == "centroids" else 0)

@@ -19,8 +19,8 @@ from vamoh._checks import (
     check_seed,
     check_tensor,
     check_type,
-    may_look,
-    trusted,
+    skip_value_checks,
+    values_readable,
 )
 from vamoh._initial import own_generator
 from vamoh._options import check_model, check_types, encoder_stages
@@ -597,7 +597,7 @@ class VaMoH(nn.Module):
         features = self.encoding.cached(points.coords)
         encoded = features if features.dim() == 3 else features[None]
         anchors = None if fixed is None else self.encoding.cached(fixed.centroids)[None]
-        with trusted():
+        with skip_value_checks():
             logits = self.encoder(points.values, encoded, neighborhoods, anchors)
         return Posterior.from_logits(logits), features
 
@@ -690,7 +690,7 @@ class VaMoH(nn.Module):
         return upload(noise, like.device)
 
     def _check_values(self, points: PointSet) -> None:
-        if may_look(points.values):
+        if values_readable(points.values):
             self.likelihood.check_values(*points.value_range())
 
     def _check_points(self, points: PointSet, *, anywhere: bool = False) -> None:
@@ -743,7 +743,7 @@ def _search(
         metric, table = encoding.metric(coords, kept, coords.shape[-2] * encoder.stages[0].centroids)
     batched = metric if metric.dim() == 3 else metric[None]
     order = lexicographic(coords if coords.dim() == 3 else coords[None]) if ordered else None  # [B|1, N]
-    with trusted():
+    with skip_value_checks():
         if order is None or _is_identity(order):
             return encoder.neighborhoods(batched, mask, table, observed)
         batched = gather(batched, order)
@@ -784,7 +784,7 @@ def _nearest_to_sites(coords: Tensor, mask: Tensor | None, sites: Tensor, encodi
     points, queries = metric.split([order.shape[-1], len(unique)], -2)
     if known is not None and not own:
         points, queries = points.expand(len(known), -1, -1), queries.expand(len(known), -1, -1)
-    with trusted():
+    with skip_value_checks():
         nearest = knn(points, queries, 1, known, table=table)[..., 0]  # [B, R] or [R]
     nearest = order.gather(1, nearest) if own else order[nearest]
     return nearest[..., place.flatten()].view(-1, *sites.shape[:2])

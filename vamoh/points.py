@@ -19,8 +19,8 @@ from vamoh._checks import (
     check_sizes,
     check_tensor,
     check_type,
-    may_look,
     shown,
+    values_readable,
 )
 
 
@@ -147,7 +147,7 @@ class PointSet:
     def select(self, index: Tensor) -> PointSet:
         """Keep the points `index` [N'] (int64) of every function, in that order."""
         check_tensor("PointSet.select", "index", index, ["N'"], dtypes=[torch.int64])
-        if index.device.type == "cpu" and index.numel() and may_look(index):
+        if index.device.type == "cpu" and index.numel() and values_readable(index):
             low, high = int(index.min()), int(index.max())
             if low < -self.count or high >= self.count:
                 raise ValueError(f"PointSet.select: index must lie within the {self.count} points, got {low} to {high}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vamoh._checks import FLOATING, check_tensor, may_look
+from vamoh._checks import FLOATING, check_tensor, values_readable
 
 POINTS = (*FLOATING, torch.int64)
 """Dtypes of a cloud: coordinates, or places in a table."""
@@ -33,7 +33,7 @@ def check_points(where: str, name: str, value: Tensor, rows: str, table: Tensor 
 
 def check_places(where: str, name: str, places: Tensor, table: Tensor) -> None:
     """Check that the differences of places lie in the table."""
-    if places.numel() and may_look(places) and (places.min() < 0 or places.max() > len(table) // 2):
+    if places.numel() and values_readable(places) and (places.min() < 0 or places.max() > len(table) // 2):
         raise ValueError(
             f"{where}: {name} must lie between 0 and {len(table) // 2}, half of the table, "
             f"got {int(places.min())} to {int(places.max())}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vamoh._checks import check_positive, may_look
+from vamoh._checks import check_positive, values_readable
 from vamoh.ops._native import items
 from vamoh.ops._op import Op
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, name_of, squared_distances
@@ -82,7 +82,7 @@ def _check_contents(
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
     """Check the contents, and make of num_samples how many are taken."""
     batch, points, _ = coords.shape
-    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [points] * batch
+    counts = mask.sum(1).tolist() if mask is not None and values_readable(mask) else [points] * batch
     if 0 in counts:
         name, item = ("coords", "") if mask is None else ("mask", f" in item {counts.index(0)}")
         raise ValueError(f"farthest_point_sample: {name} must leave at least one candidate, got none{item}")

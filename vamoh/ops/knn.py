@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vamoh._cache import version
-from vamoh._checks import check_positive, check_tensor, may_look
+from vamoh._checks import check_positive, check_tensor, values_readable
 from vamoh.ops._native import items
 from vamoh.ops._op import Op
 from vamoh.ops._points import POINTS, check_mask, check_places, check_points, name_of, squared_distances
@@ -87,7 +87,7 @@ def _check_contents(
     points: Tensor, queries: Tensor, num_neighbors: int, mask: Tensor | None, table: Tensor | None
 ) -> None:
     batch, count, _ = points.shape
-    counts = mask.sum(1).tolist() if mask is not None and may_look(mask) else [count] * batch
+    counts = mask.sum(1).tolist() if mask is not None and values_readable(mask) else [count] * batch
     fewest = min(counts, default=num_neighbors)
     if fewest < num_neighbors:
         item = "" if mask is None else f" in item {counts.index(fewest)}"

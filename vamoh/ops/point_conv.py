@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vamoh._checks import FLOATING, check_tensor, may_look
+from vamoh._checks import FLOATING, check_tensor, values_readable
 from vamoh.ops._autocast import float32_under_autocast
 from vamoh.ops._op import Op, Saved
 
@@ -111,7 +111,7 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
 
 def _check_range(where: str, index: Tensor, points: int, name: str = "neighbors") -> None:
     """A kernel would read anywhere."""
-    if index.numel() and may_look(index):
+    if index.numel() and values_readable(index):
         low, high = (int(i) for i in index.aminmax())
         if low < 0 or high >= points:
             raise ValueError(f"{where}: {name} must index the {points} points, got {low if low < 0 else high}")
