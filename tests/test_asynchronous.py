@@ -144,7 +144,7 @@ def test_no_step_waits(
     with pretend(monkeypatch):
         lines = [trainer.step() for _ in range(3)]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert len(trainer._unread) == 3
+    assert len(trainer._pending) == 3
     with pytest.raises(RuntimeError, match="meta"):
         lines[0]["elbo"]
 
@@ -191,7 +191,7 @@ def test_it_computes_the_same(mask: str, train: dict[str, Any]) -> None:
     assert clipped > 0
     for a, b in zip(looking.parameters, unseeing.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert not unseeing._unread
+    assert not unseeing._pending
 
 
 def state(trainer: Trainer) -> list[Tensor]:
@@ -247,13 +247,13 @@ def test_nothing_is_saved_or_measured_before_all_is_looked_at(tmp_path: Path) ->
 
 
 def test_lines_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vamoh.trainer"], "_MOST_UNREAD", 3)
+    monkeypatch.setattr(sys.modules["vamoh.trainer"], "_MAX_PENDING", 3)
     trainer = Trainer(CONFIG, dataset())
     trainer._asynchronous = True
     unread = []
     for _ in range(6):
         trainer.step()
-        unread.append(len(trainer._unread))
+        unread.append(len(trainer._pending))
     assert unread == [1, 2, 3, 0, 1, 2]
 
 
@@ -317,7 +317,7 @@ def test_the_search_lies_beside_the_step_before(
         yield
         log.append("on main")
 
-    trainer._beside = beside  # type: ignore[assignment]
+    trainer._side_stream = beside  # type: ignore[assignment]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: recorded.append(self))
@@ -326,7 +326,7 @@ def test_the_search_lies_beside_the_step_before(
     with pretend(monkeypatch):
         for again in (False, True):
             del log[:], recorded[:]
-            points = trainer._place(trainer._thin(trainer.dataset.batch(trainer._batch_indices())))
+            points = trainer._place(trainer._drop_points(trainer.dataset.batch(trainer._batch_indices())))
             hoods = trainer.model.neighborhoods(points)
             known = again and mask != "each"  # the same points of a grid
             search_here = [] if known else ["search"]

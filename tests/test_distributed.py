@@ -22,7 +22,7 @@ from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh.config import BetaConfig, Config, ContextConfig, DataConfig, ModelConfig, TrainConfig, save_config
 from vamoh.data import Dataset, open_dataset
-from vamoh.distributed import Workers, is_lost, join
+from vamoh.distributed import Workers, init_process_group, is_lost
 from vamoh.model import Noise, VaMoH
 from vamoh.ops import CounterNoise
 from vamoh.ops._noise import counter_noise_reference
@@ -88,7 +88,7 @@ def job(folder: Path) -> None:
     torch.set_num_threads(1)
     config = config_of(folder)
     dataset = open_dataset("arrays", path=config.data.path)
-    with join("test", torch.device("cpu")) as (workers, _):
+    with init_process_group("test", torch.device("cpu")) as (workers, _):
         results: dict[str, Any] = {"count": workers.count}
         for name, data, values in CASES:
             chosen = dataset if data == "plain" else masked(dataset)
@@ -291,7 +291,7 @@ def test_a_part_of_the_noise_is_that_of_the_batch(seeded: bool) -> None:
 
 
 def test_one_process_talks_to_nobody() -> None:
-    with join("test", torch.device("cpu")) as (workers, place):
+    with init_process_group("test", torch.device("cpu")) as (workers, place):
         assert (workers, place) == (Workers(), torch.device("cpu"))
         assert not dist.is_initialized()
         assert workers.by_main(lambda: 3) == 3
@@ -303,7 +303,7 @@ def test_devices_that_processes_cannot_share(device: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = f"train: device must be cpu or cuda for 2 processes, got '{device}'"
-    with pytest.raises(ValueError, match=words), join("train", torch.device(device)):
+    with pytest.raises(ValueError, match=words), init_process_group("train", torch.device(device)):
         pass
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny import SIZES
 from vamoh.data import Dataset
-from vamoh.evaluate import evaluate_model, infer, split_indices, thin
+from vamoh.evaluate import evaluate_model, infer, split_indices, subsample
 from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
 from vamoh.metrics import MAX_PSNR, crps, psnr
@@ -131,11 +131,11 @@ def test_the_encoder_sees_at_most_num_points() -> None:
     data, model = dataset(), tiny_model()
     points = data.batch(torch.arange(3))
     generator = torch.Generator().manual_seed(0)
-    assert thin(points, 20, generator).count == 20
-    assert thin(points, None, generator) is points
-    assert thin(points, 36, generator) is points
+    assert subsample(points, 20, generator).count == 20
+    assert subsample(points, None, generator) is points
+    assert subsample(points, 36, generator) is points
     half = points.with_mask(torch.arange(36) < 18)
-    assert thin(half, 15, generator).count == 15
+    assert subsample(half, 15, generator).count == 15
     assert infer(model, points, 20, generator).shape == (3, 3)
     assert evaluate_model(model, data, samples=2, num_points=20)["points"] == 20
 

@@ -127,9 +127,9 @@ def test_neighbors_are_searched_beside_the_step_before() -> None:
         trainer.step()
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # the step before
-    trainer._place(trainer._thin(trainer.dataset.batch(trainer._batch_indices())))
+    trainer._place(trainer._drop_points(trainer.dataset.batch(trainer._batch_indices())))
     searched = torch.cuda.Event()
-    searched.record(trainer._beside)
+    searched.record(trainer._side_stream)
     searched.synchronize()
     assert not torch.cuda.current_stream().query(), "the search waited for the step before"
     torch.cuda.synchronize()

@@ -242,7 +242,7 @@ def test_mixed_precision_is_close_and_saved(dataset: Dataset, tmp_path: Path) ->
 def test_point_dropout_leaves_the_encoder_enough(dataset: Dataset) -> None:
     trainer = Trainer(with_train(point_dropout=1.0), dataset)
     points = dataset.batch(torch.arange(3))
-    counts = [trainer._thin(points).count for _ in range(300)]
+    counts = [trainer._drop_points(points).count for _ in range(300)]
     assert min(counts) == trainer.model.min_points
     assert max(counts) > 36
     # p ~ U(0, 1) keeps half of the 42 points on average (a little more, by the lower bound).
@@ -257,8 +257,8 @@ def test_point_dropout_counts_observed_points(dataset: Dataset) -> None:
     mask = torch.ones(2, 42, dtype=torch.bool)
     mask[1, least:] = False
     for _ in range(50):
-        assert least <= trainer._thin(shared).count <= least + 3
-        each = trainer._thin(plain.with_mask(mask))
+        assert least <= trainer._drop_points(shared).count <= least + 3
+        each = trainer._drop_points(plain.with_mask(mask))
         assert each.mask is None or int(each.mask.sum(1).min()) >= least
         trainer.model.elbo(each)
 

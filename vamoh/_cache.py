@@ -16,8 +16,8 @@ _Known = tuple[Tensor | None, int | None]
 class ContentCache(Generic[Result]):
     """Remembers the results of the last `size` distinct keys; a key is a sequence of tensors.
 
-    Tensors in host memory are compared by value. To look at those of a GPU would wait for it: there the very same
-    tensor counts, unless it was written to since. Writing through `.data` is not noticed.
+    Tensors in host memory are compared by value. Reading those of a GPU would synchronise: there only the very
+    same tensor matches, unless it was written to since. Writing through `.data` is not noticed.
     """
 
     def __init__(self, size: int = 4) -> None:

@@ -29,8 +29,8 @@ from vamoh.compat.state import save_reference
 from vamoh.config import Config, load_run_config
 from vamoh.data import Dataset, Domain, open_dataset
 from vamoh.data.function import Function, read_function
-from vamoh.distributed import join
-from vamoh.evaluate import completable, evaluate_model, infer, observe, split_indices, thin
+from vamoh.distributed import init_process_group
+from vamoh.evaluate import completable, evaluate_model, infer, observe, split_indices, subsample
 from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
 from vamoh.generator import Reconstruction
@@ -117,7 +117,7 @@ def train(source: str, config: Config, *, out: Path | None, device: str, resume:
     source: what the default folder runs/NAME is named after.
     Of several processes, the first one draws and evaluates; the others have nothing to show.
     """
-    with join("train", check_device("train", device)) as (workers, place):
+    with init_process_group("train", check_device("train", device)) as (workers, place):
         folder = Path(workers.from_main(str(_run_folder(source, resume) if out is None else out)))
         train_model(config, folder, device=device, resume=resume)
     return summarize(open_run(folder, str(place), config.seed)) if workers.main else ""
@@ -511,7 +511,7 @@ def _completions(
     The observed points are as they are given.
     """
     choice = torch.Generator().manual_seed(run.seed)
-    shown = thin(partial, run.config.train.num_points, choice, run.model.min_points)
+    shown = subsample(partial, run.config.train.num_points, choice, run.model.min_points)
     values = run.model.reconstruct(shown, partial.coords, draws=draws, generator=generator).decoded
     observed = torch.ones_like(values[0, ..., 0], dtype=torch.bool) if partial.mask is None else partial.mask
     values = torch.where(observed[..., None], partial.values, values)  # [S, B, N, C]

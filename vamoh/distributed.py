@@ -1,8 +1,8 @@
-"""Several processes that train one model: who computes what, and what they tell each other.
+"""Several processes that train one model: who computes what, and what they exchange.
 
 Each process of a job that `torchrun` started holds the same random streams and draws for the whole batch, then computes
-its own functions of it. So a step is that of one process, up to rounding, whatever their number. Gradients meet in
-DistributedDataParallel, or in FSDP2, which also shares out the parameters.
+its own functions of it. So a step is that of one process, up to rounding, whatever their number. Gradients are averaged
+by DistributedDataParallel, or by FSDP2, which also shards the parameters.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes of a job: this is number `rank` of `count`. One alone talks to nobody.
+    """The processes of a job: this is number `rank` of `count`. A single one communicates with none.
 
-    Everything but `main`, `share` and `weight` is done by all of them together.
+    Everything but `main`, `share` and `weight` is a collective call.
     """
 
     rank: int = 0
@@ -49,10 +49,10 @@ class Workers:
 
     def gather(self, values: Mapping[str, Tensor], functions: int) -> dict[str, Tensor]:
         """Values [functions] of the whole batch from those of every process's part; without gradients."""
-        own = {name: value.detach() for name, value in values.items()}
+        local = {name: value.detach() for name, value in values.items()}
         if self.count == 1 or functions < self.count:
-            return own
-        rows = torch.stack(list(own.values()))
+            return local
+        rows = torch.stack(list(local.values()))
         most = -(-functions // self.count)
         sent = rows.new_zeros(len(rows), most)
         sent[:, : rows.shape[1]] = rows
@@ -61,14 +61,14 @@ class Workers:
         sizes = [
             part.stop - part.start for part in (Workers(r, self.count).share(functions) for r in range(self.count))
         ]
-        whole = torch.cat([part[:, :size] for part, size in zip(received, sizes, strict=True)], 1)
-        return dict(zip(own, whole.unbind(), strict=True))
+        full = torch.cat([part[:, :size] for part, size in zip(received, sizes, strict=True)], 1)
+        return dict(zip(local, full.unbind(), strict=True))
 
     def largest(self, number: int) -> int:
         """The largest of one number per process."""
         if self.count == 1:
             return number
-        value = torch.tensor(number)  # on the CPU: nobody waits for a GPU
+        value = torch.tensor(number)  # on the CPU: no synchronisation with a GPU
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
@@ -119,14 +119,14 @@ class Calls(nn.Module):
 
 
 _left: list[Any] = []
-"""Process groups that nobody uses any more. To free one waits, with Python's lock, for its threads, and one of those
-may be waiting for that lock to let go of the tensor it sent last: the process would never end.
+"""Process groups that are no longer used, kept alive. Freeing one joins its threads while holding the GIL, and one of
+them may need the GIL to release the tensor it sent last: a deadlock.
 """
 
 
 @contextmanager
-def join(where: str, device: torch.device) -> Iterator[tuple[Workers, torch.device]]:
-    """Join the job that `torchrun` started this process in; alone where there is none. Leave it at the end.
+def init_process_group(where: str, device: torch.device) -> Iterator[tuple[Workers, torch.device]]:
+    """Join the process group of the job that `torchrun` started, one worker where there is none; leave it at the end.
 
     Yields the workers and this process's own device: with several, "cuda" is the GPU of its LOCAL_RANK.
     Raises ValueError for a device that several processes cannot share.
@@ -150,14 +150,14 @@ def join(where: str, device: torch.device) -> Iterator[tuple[Workers, torch.devi
         dist.destroy_process_group()
 
 
-def spread(
+def wrap(
     model: nn.Module, largest: nn.Module, workers: Workers, device: torch.device, *, phases: bool, shard: bool
 ) -> nn.Module:
     """The model's methods, called by name, with gradients that are means over the processes.
 
-    phases: whether some steps leave parameters out, the same ones in every process.
-    shard: every process keeps a part of the parameters and of what the optimizer knows about them, and gets the others
-    while it needs them (FSDP2); those of `largest`, a part of the model, only while that part runs.
+    phases: whether some steps use only some of the parameters, the same ones in every process.
+    shard: every process keeps a shard of the parameters and of their optimizer state, and gathers the others while it
+    needs them (FSDP2); those of `largest`, a part of the model, only while that part runs.
     """
     calls = Calls(model)
     if workers.count == 1:
@@ -185,28 +185,28 @@ def spread(
     return calls
 
 
-def own(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process keeps."""
-    return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tree: Any, device: str | None = None) -> Any:
-    """Nested dictionaries and lists with every shared tensor whole, for which the processes meet.
+def full_tensor(tree: Any, device: str | None = None) -> Any:
+    """Nested dictionaries and lists with every DTensor gathered; a collective call.
 
-    device: where the whole ones go; None leaves them.
+    device: where the gathered ones go; None leaves them.
     """
     if isinstance(tree, Mapping):
-        return {key: whole(value, device) for key, value in tree.items()}
+        return {key: full_tensor(value, device) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [whole(value, device) for value in tree]
-    return tree.full_tensor().to(device) if _is_shared(tree) else tree
+        return [full_tensor(value, device) for value in tree]
+    return tree.full_tensor().to(device) if _is_sharded(tree) else tree
 
 
-def apart(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """A whole optimizer state, shared out as the parameters are: the inverse of `whole`."""
+def shard(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """A full optimizer state, sharded as the parameters are: the inverse of `full_tensor`."""
 
     def part(value: Any, parameter: Tensor) -> Any:
-        if not _is_shared(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        if not _is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
             return value
         from torch.distributed.tensor import distribute_tensor
 
@@ -218,12 +218,12 @@ def apart(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, A
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process of the job cannot be reached any more."""
+    """Whether an error says that another process of the job can no longer be reached."""
     words = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
-def _is_shared(value: Any) -> bool:
+def _is_sharded(value: Any) -> bool:
     return hasattr(value, "full_tensor")

@@ -48,7 +48,7 @@ def split_indices(dataset: Dataset, split: str, index: tuple[int, ...] = (), cou
     return found if count is None else found[: check_positive("data", "count", count)]
 
 
-def thin(points: PointSet, count: int | None, generator: torch.Generator, at_least: int = 0) -> PointSet:
+def subsample(points: PointSet, count: int | None, generator: torch.Generator, at_least: int = 0) -> PointSet:
     """Keep `count` points that any function observes, drawn at random, or all of fewer; None keeps all.
 
     A model trained on that many points meets, at inference, the density it was trained on. at_least: see
@@ -60,7 +60,7 @@ def thin(points: PointSet, count: int | None, generator: torch.Generator, at_lea
 
 def infer(model: VaMoH, points: PointSet, num_points: int | None, generator: torch.Generator) -> Tensor:
     """Posterior mean [B, Z] from the observed points, of which the encoder sees at most `num_points`."""
-    return model.encode(thin(points, num_points, generator, model.min_points)).mean
+    return model.encode(subsample(points, num_points, generator, model.min_points)).mean
 
 
 def observe(points: PointSet, seen: Tensor | None) -> PointSet:
@@ -149,7 +149,7 @@ def evaluate_model(
 
     def complete(name: str, points: PointSet, seen: Tensor) -> None:
         partial, hidden = observe(points, seen), ~seen if points.mask is None else points.mask & ~seen
-        q = model.encode(thin(partial, num_points, choice, model.min_points))
+        q = model.encode(subsample(partial, num_points, choice, model.min_points))
         mean = model.reconstruct(partial, z=q.mean).mean
         if name == mask:
             compare("completion_", mean, points, hidden)
@@ -164,7 +164,7 @@ def evaluate_model(
 
     for part in Progress(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
         points = model.prepare(dataset.batch(part))
-        terms = model.elbo(thin(points, num_points, choice, model.min_points), generator=noise)
+        terms = model.elbo(subsample(points, num_points, choice, model.min_points), generator=noise)
         collect(elbo=terms.elbo, log_likelihood=terms.log_likelihood, kl_z=terms.kl_z, kl_c=terms.kl_c)
         z = infer(model, points, num_points, choice)
         compare("", model.reconstruct(points, z=z).mean, points, points.mask)
@@ -178,7 +178,7 @@ def evaluate_model(
                 complete(name, whole, seen)
 
     for part in Progress(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
-        points = thin(model.prepare(dataset.batch(part)), num_points, choice, model.min_points)
+        points = subsample(model.prepare(dataset.batch(part)), num_points, choice, model.min_points)
         bound = model.iwae(points, samples=samples, generator=noise, proper=True)
         observed = points.values.new_tensor(points.count) if points.mask is None else points.mask.sum(-1)
         bits = metrics.bits_per_dim(bound * (points.count / observed), points.count, points.channels)

@@ -82,9 +82,9 @@ def check_state(run_folder: str | os.PathLike[str], state: Mapping[str, Any]) ->
 def moments(
     run_folder: str | os.PathLike[str], state: Mapping[str, Any], parameters: Sequence[Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """What the optimizer remembers of each parameter, in fresh tensors; ValueError unless it fits the parameters.
+    """Adam's moments of each parameter, in fresh tensors; ValueError unless they fit the parameters.
 
-    The optimizer itself looks at nothing, and its kernels write as many numbers as a parameter has.
+    The optimizer itself checks no shapes, and its kernels would write out of bounds.
     """
     found: dict[int, dict[str, Tensor]] = {}
     lines = []

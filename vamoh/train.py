@@ -22,7 +22,7 @@ from vamoh._lock import locked
 from vamoh._progress import Progress
 from vamoh.config import Config, DataConfig, load_run_config, save_config
 from vamoh.data import Dataset, open_dataset
-from vamoh.distributed import Workers, join
+from vamoh.distributed import Workers, init_process_group
 from vamoh.interrupts import TrainingInterrupted, WorkerLost, lost_workers, stop_signals
 from vamoh.model import VaMoH
 from vamoh.resume import PLACES, check_config, check_data
@@ -59,7 +59,7 @@ def train(
     trainer: Trainer | None = None
     with ExitStack() as stack:
         stack.enter_context(lost_workers(out, lambda: 0 if trainer is None else trainer.steps_done))
-        workers, place = stack.enter_context(join("train", place))
+        workers, place = stack.enter_context(init_process_group("train", place))
         begun = workers.largest(bool(workers.by_main(lambda: _claim(stack, out, config, resume))))
         stack.enter_context(_threads(config.train.threads))
         board_class = _summary_writer() if config.train.tensorboard else None
@@ -104,7 +104,7 @@ def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) 
             values = trainer.step()
             step, last = trainer.steps_done, trainer.steps_done == settings.steps
             reported = step % settings.log_every == 0 or step == 1 or last
-            # To look at a term waits for a GPU, and may end this process: several look together.
+            # Reading a loss synchronises, and may end this process; ranks must do it at the same step.
             if reported or (workers.count == 1 and time.monotonic() > shown + 0.5):
                 terms = {name: f"{values[name]:.1f}" for name in ("elbo", "log_likelihood", "kl_z", "kl_c")}
                 bar.set_postfix(terms, refresh=False)
@@ -128,7 +128,7 @@ def _run(trainer: Trainer, out: Path, records: _Records | None, progress: bool) 
 
 
 class _Records:
-    """What a run tells the world: its configuration and environment, the log, and TensorBoard where asked for."""
+    """What a run writes besides checkpoints: configuration, environment, log, and TensorBoard events on request."""
 
     def __init__(self, trainer: Trainer, out: Path, board_class: Any) -> None:
         save_config(trainer.config, out / "config.yaml")

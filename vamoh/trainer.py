@@ -21,7 +21,7 @@ from vamoh._checks import check_device, check_type
 from vamoh._files import writing
 from vamoh.config import BetaConfig, Config, config_from_dict, config_to_dict, save_config
 from vamoh.data import Dataset
-from vamoh.distributed import ALONE, Workers, apart, own, spread, whole
+from vamoh.distributed import ALONE, Workers, full_tensor, shard, to_local, wrap
 from vamoh.elbo import ElboTerms
 from vamoh.masks import context_mask
 from vamoh.metrics import MAX_PSNR, psnr
@@ -29,17 +29,17 @@ from vamoh.model import VaMoH
 from vamoh.points import PointSet, domain, observed_coords, upload
 from vamoh.resume import check_config, check_data, check_state, moments
 
-_ORDER, _POINTS, _NOISE, _VALIDATION, _DOMAIN = range(5)
+_ORDER, _POINTS, _NOISE, _VALIDATION, _COVERING = range(5)
 _LEAST_SCALE = 0.25
 """Bare points that span less of [-1, 1] are of other units."""
-_MOST_UNREAD = 1000
-"""Updates on a GPU after which somebody looks at their terms."""
+_MAX_PENDING = 1000
+"""Most updates queued on a GPU before their losses are read back."""
 
 
 class NonFiniteLoss(RuntimeError):
     """A term of the loss, the gradient or a parameter became NaN or infinite.
 
-    term: its name. step: the update that was being computed, counted from 1. indices: the data of the batch.
+    term: its name. step: the update that was being computed, counted from 1. indices: the functions of the batch.
     culprits: those of them whose term is bad.
     """
 
@@ -77,10 +77,10 @@ class Trainer:
         self.device = check_device("Trainer", device)
         coord_dim, channels = dataset.coord_dim, dataset.channels
         if model is None:
-            config = _with_domain(config, dataset)
+            config = _normalizing(config, dataset)
             model = checkpoint.new_model(config, coord_dim, channels)
         elif not config.model.coord_offset:
-            config = _of_domain(config, *model.domain)
+            config = _with_normalization(config, *model.domain)
         self.config = config
         if (model.coord_dim, model.channels) != (coord_dim, channels):
             raise ValueError(
@@ -88,7 +88,7 @@ class Trainer:
                 f"{model.channels} channels as the model, got {coord_dim} and {channels}"
             )
         if model.needs_centroids:
-            model.set_centroids(_domain(config, dataset).to(model.encoder.head.weight))
+            model.set_centroids(_covering_coords(config, dataset).to(model.encoder.head.weight))
         self.model = model.to(self.device).train()
         _check_points(config, dataset, self.model.min_points)
         self.indices = dataset.splits["train"]
@@ -101,7 +101,7 @@ class Trainer:
                 f"each of {workers.count} processes, got {self.batch_size}"
             )
         phases = config.train.flow_warmup > 0 or config.train.gating_warmup > 0
-        self._call = spread(
+        self._call = wrap(
             self.model, self.model.hypernet, workers, self.device, phases=phases, shard=config.train.shard
         )
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -118,13 +118,13 @@ class Trainer:
         self._noise = _generator(config.seed, _NOISE)
         self._order = (-1, self.indices)
         self._fingerprint = dataset.fingerprint()
-        self._unread: deque[_Line] = deque()
-        # The optimizer does not mix shared tensors with the plain ones that tell it to leave an update out.
+        self._pending: deque[_PendingLine] = deque()
+        # Fused Adam cannot combine DTensor parameters with a plain `found_inf`.
         self._asynchronous = self.device.type == "cuda" and (workers.count == 1 or not config.train.shard)
-        self._beside: torch.cuda.Stream | None = None
+        self._side_stream: torch.cuda.Stream | None = None
         if self._asynchronous:
-            self._beside = torch.cuda.Stream(self.device)
-            self._beside.wait_stream(torch.cuda.current_stream(self.device))
+            self._side_stream = torch.cuda.Stream(self.device)
+            self._side_stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @classmethod
     def resume(
@@ -147,7 +147,7 @@ class Trainer:
         restored = moments(run_folder, state["optimizer"], trainer.parameters)
         # Everything else that the optimizer knows follows from the configuration.
         optimizer = {**trainer.optimizer.state_dict(), "state": restored}
-        trainer.optimizer.load_state_dict(apart(optimizer, trainer.parameters))
+        trainer.optimizer.load_state_dict(shard(optimizer, trainer.parameters))
         trainer.steps_done, trainer.seconds = state["step"], state["seconds"]
         trainer._points.set_state(state["points"])
         trainer._noise.set_state(state["noise"])
@@ -157,7 +157,7 @@ class Trainer:
         """Write a checkpoint, if the parameters and the bound of a batch are finite; NonFiniteLoss otherwise."""
         self.check()
         indices = self.indices[: self.batch_size]
-        if self.workers.largest(not all(bool(own(p).isfinite().all()) for p in self.parameters)):
+        if self.workers.largest(not all(bool(to_local(p).isfinite().all()) for p in self.parameters)):
             raise NonFiniteLoss("a parameter", self.steps_done, indices.tolist(), [])
         self._bound(indices, _generator(self.config.seed, _VALIDATION))
         state = {
@@ -165,11 +165,11 @@ class Trainer:
             "config": config_to_dict(self.config),
             "data": self._fingerprint,
             "domain": self.dataset.domain.to_dict(),
-            "optimizer": whole(self.optimizer.state_dict(), "cpu"),
+            "optimizer": full_tensor(self.optimizer.state_dict(), "cpu"),
             "points": self._points.get_state(),
             "noise": self._noise.get_state(),
         }
-        tensors = whole(self.model.state_dict(), "cpu")
+        tensors = full_tensor(self.model.state_dict(), "cpu")
 
         def write() -> None:
             path = Path(run_folder) / "config.yaml"
@@ -187,15 +187,15 @@ class Trainer:
         if self.workers.count == 1 or not self.config.train.shard:
             return self.model
         model = checkpoint.new_model(self.config, self.model.coord_dim, self.model.channels)
-        model.load_state_dict(whole(self.model.state_dict()))
+        model.load_state_dict(full_tensor(self.model.state_dict()))
         model.use_flow, model.use_gating_prior = self.model.use_flow, self.model.use_gating_prior
         return model.to(self.device)
 
     def step(self) -> Mapping[str, float]:
         """Do one update and return its line of the log (terms are batch means in nats).
 
-        Raises NonFiniteLoss before a bad update reaches the parameters. On a GPU it only enqueues: a bad update is left
-        out there, and NonFiniteLoss comes from `check` or from the first look at a term of a line.
+        Raises NonFiniteLoss before a bad update reaches the parameters. On a GPU it only enqueues: a bad update is
+        skipped there, and `check`, or the first read of a term of a line, raises NonFiniteLoss.
         """
         start = time.perf_counter()
         settings, epoch = self.config.train, self.steps_done / self.steps_per_epoch
@@ -217,9 +217,9 @@ class Trainer:
         terms = self._gather(terms, len(indices))
         facts = {"beta_z": beta_z, "beta_c": beta_c, "lr": lr, "points": drawn.count}
         if self._asynchronous:
-            line: Mapping[str, float] = self._update_unseen(terms, indices, facts)
+            line: Mapping[str, float] = self._update_asynchronously(terms, indices, facts)
         else:
-            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip))
             result = _batch_means(terms, self.steps_done + 1, indices, norm)
             self.optimizer.step()
             epoch = (self.steps_done + 1) / self.steps_per_epoch
@@ -229,11 +229,11 @@ class Trainer:
         return line
 
     def check(self) -> None:
-        """Wait for the updates enqueued on a GPU; NonFiniteLoss for the first bad one that nobody looked at."""
+        """Wait for the updates enqueued on a GPU; NonFiniteLoss for the first bad one that was not yet read."""
         start = time.perf_counter()
         try:
-            while self._unread:
-                self._unread.popleft().read()
+            while self._pending:
+                self._pending.popleft().read()
         finally:
             self.seconds += time.perf_counter() - start
 
@@ -274,8 +274,8 @@ class Trainer:
         """
         settings = self.config.train
         if settings.context.whole:
-            return self._share(indices, self._thin), None
-        points = self._thin(self.dataset.batch(indices))
+            return self._share(indices, self._drop_points), None
+        points = self._drop_points(self.dataset.batch(indices))
         context = context_mask(points.coords, points.batch, **vars(settings.context), generator=self._points)
         context = context if points.mask is None else context & points.mask
         enough = context.sum(-1, keepdim=True) >= self.model.min_points
@@ -284,10 +284,10 @@ class Trainer:
         points, context = points.part(part), context[part]
         return (points, context) if settings.target == "all" else (points.restrict(context), None)
 
-    def _thin(self, points: PointSet) -> PointSet:
-        """Leave out points at random (Alg. 1); the encoder always keeps as many as it needs.
+    def _drop_points(self, points: PointSet) -> PointSet:
+        """Subsample and drop points at random (Alg. 1); the encoder always keeps as many as it needs.
 
-        Where items observe different points and one would keep too few, the batch stays whole.
+        Where functions observe different points and one would keep too few, no point is dropped.
         """
         settings = self.config.train
         if settings.num_points is not None:
@@ -299,40 +299,40 @@ class Trainer:
         return points
 
     def _place(self, points: PointSet) -> PointSet:
-        """Points on the device. On a GPU they are copied, and neighbours searched, beside the step before."""
+        """Points on the device. On a GPU, copies and neighbour search run on a side stream, beside the step before."""
         if not self._asynchronous:
             return points.to(self.device)
-        settings, beside = self.config.train, self._beside
+        settings, side = self.config.train, self._side_stream
         again = settings.num_points is None and settings.point_dropout == 0
         learned = self.model.encoding.frequencies.requires_grad
-        if beside is not None and learned:
-            beside.wait_stream(torch.cuda.current_stream(self.device))  # the search reads what the step before trains
-        with torch.cuda.stream(beside):
+        if side is not None and learned:
+            side.wait_stream(torch.cuda.current_stream(self.device))  # the search reads what the step before updates
+        with torch.cuda.stream(side):
             placed = self.model.prepare(points.compact(), again=again)
             used = [placed.coords, placed.values, placed.mask, self.model.encoding.mirror(placed.coords)]
             used += [index for hood in self.model.neighborhoods(placed) for index in hood]
-            if not learned:  # the search may have remembered the features, which the main stream reads
+            if not learned:  # the search may have cached the features, which the main stream reads
                 used.append(self.model.encoding.cached(placed.coords))
-        if beside is not None:
+        if side is not None:
             main = torch.cuda.current_stream(self.device)
-            main.wait_stream(beside)
+            main.wait_stream(side)
             for tensor in used:
                 if tensor is not None:
                     tensor.record_stream(main)
         return placed
 
-    def _update_unseen(self, terms: ElboTerms, indices: Tensor, facts: dict[str, float]) -> _Line:
-        """Clip and update without looking at the device, which leaves out an update whose terms or gradient are bad."""
+    def _update_asynchronously(self, terms: ElboTerms, indices: Tensor, facts: dict[str, float]) -> _PendingLine:
+        """Clip and update without synchronising: the device skips an update whose terms or gradient are bad."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         means = torch.stack([*(value.mean() for value in _terms(terms).values()), norm])
-        optimizer: Any = self.optimizer  # has no such attributes until somebody sets them
+        optimizer: Any = self.optimizer  # declares neither of these attributes
         optimizer.grad_scale = (norm / self.config.train.clip).clamp(min=1)
         optimizer.found_inf = (~means.isfinite()).any().to(norm.dtype)
         self.optimizer.step()
         done = self.steps_done + 1
-        line = _Line(self, done, terms, indices, norm, {"epoch": done / self.steps_per_epoch, **facts})
-        self._unread.append(line)
-        if len(self._unread) > _MOST_UNREAD:
+        line = _PendingLine(self, done, terms, indices, norm, {"epoch": done / self.steps_per_epoch, **facts})
+        self._pending.append(line)
+        if len(self._pending) > _MAX_PENDING:
             self.check()
         return line
 
@@ -345,13 +345,13 @@ class Trainer:
         terms = self._gather(self._elbo(points, len(indices), generator), len(indices))
         return _batch_means(terms, self.steps_done, indices), points
 
-    def _share(self, indices: Tensor, thin: Callable[[PointSet], PointSet]) -> PointSet:
-        """This process's part of a batch, in host memory; `thin` leaves out the same points in every process."""
+    def _share(self, indices: Tensor, subsample: Callable[[PointSet], PointSet]) -> PointSet:
+        """This process's part of a batch, in host memory; `subsample` keeps the same points in every process."""
         part = self.workers.share(len(indices))
         if self.dataset.masked_each:
-            # What is observed anywhere in the batch decides which points there are to choose from.
-            return thin(self.dataset.batch(indices)).part(part)
-        return thin(self.dataset.batch(indices[part]))
+            # `compact` depends on the whole batch's masks, so subsample first, then split.
+            return subsample(self.dataset.batch(indices)).part(part)
+        return subsample(self.dataset.batch(indices[part]))
 
     def _elbo(
         self,
@@ -372,10 +372,10 @@ class Trainer:
         return ElboTerms(**self.workers.gather(vars(terms), functions))
 
 
-class _Line(Mapping[str, float]):
-    """The line of the log of an update that a GPU may not have done yet; a look at a term waits for it.
+class _PendingLine(Mapping[str, float]):
+    """Line of the log of an update that a GPU may not have done yet; reading a term synchronises.
 
-    facts: what is known without.
+    facts: the values that are known at once.
     """
 
     def __init__(
@@ -386,7 +386,7 @@ class _Line(Mapping[str, float]):
         self._known = {"step": step, **facts}
 
     def read(self) -> None:
-        """Fetch the terms; NonFiniteLoss for a bad one."""
+        """Copy the terms to the host; NonFiniteLoss for a bad one."""
         self._known.update(_finite_means(self._values, self._step, self._indices))
 
     def __getitem__(self, name: str) -> float:
@@ -412,7 +412,7 @@ def beta_at(config: BetaConfig, epoch: float) -> float:
     return config.initial + (config.value - config.initial) * ramp[config.schedule]
 
 
-def _with_domain(config: Config, dataset: Dataset) -> Config:
+def _normalizing(config: Config, dataset: Dataset) -> Config:
     """`config` with offset and scale of the data's coordinates, if it has none and they are bare points of other units.
 
     Points in [-1, 1] that span a good part of it, and on the unit sphere, stay as they are, as do grids.
@@ -424,10 +424,10 @@ def _with_domain(config: Config, dataset: Dataset) -> Config:
     on_sphere = dataset.coord_dim == 3 and bool((coords.square().sum(-1) - 1).abs().max() < 1e-4)
     if on_sphere or (bool((coords.abs() <= 1).all()) and max(scale) >= _LEAST_SCALE):
         return config
-    return _of_domain(config, offset, scale)
+    return _with_normalization(config, offset, scale)
 
 
-def _of_domain(config: Config, offset: tuple[float, ...], scale: tuple[float, ...]) -> Config:
+def _with_normalization(config: Config, offset: tuple[float, ...], scale: tuple[float, ...]) -> Config:
     return replace(config, model=replace(config.model, coord_offset=offset, coord_scale=scale))
 
 
@@ -449,14 +449,14 @@ def _check_points(config: Config, dataset: Dataset, min_points: int) -> None:
         )
 
 
-def _domain(config: Config, dataset: Dataset) -> Tensor:
+def _covering_coords(config: Config, dataset: Dataset) -> Tensor:
     """Coordinates [N, D] that cover what the functions are known at: for fixed centroids.
 
     Of a shared grid what is observed of any training function, else a sample of all their points; as many as the
     encoder sees at once.
     """
     train, count = dataset.splits["train"], config.train.num_points
-    generator = _generator(config.seed, _DOMAIN)
+    generator = _generator(config.seed, _COVERING)
     mask = dataset.mask[train] if dataset.mask is not None and dataset.mask.dim() == 2 else dataset.mask
     if dataset.coords.dim() == 2:
         coords = dataset.coords if mask is None else dataset.coords[mask if mask.dim() == 1 else mask.any(0)]
@@ -474,7 +474,7 @@ def _domain(config: Config, dataset: Dataset) -> Tensor:
 
 
 def _batch_means(terms: ElboTerms, step: int, indices: Tensor, norm: Tensor | None = None) -> dict[str, float]:
-    """Means of the terms [B] and the gradient norm, fetched from the device at once; NonFiniteLoss for a bad one."""
+    """Means of the terms [B] and the gradient norm, copied from the device at once; NonFiniteLoss for a bad one."""
     return _finite_means({**_terms(terms), **({} if norm is None else {"grad_norm": norm})}, step, indices)
 
 

@@ -155,7 +155,7 @@ class Dataset:
 
     @property
     def masked_each(self) -> bool:
-        """Whether functions observe points of their own."""
+        """Whether every function has a mask of its own."""
         if isinstance(self.values, Source) and self.values.masked:
             return True
         return self.mask is not None and self.mask.dim() == 2

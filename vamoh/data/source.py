@@ -16,13 +16,13 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 BLOCK_BYTES = 1 << 24
-"""Read together where all functions are looked at in turn."""
+"""Functions per read in a pass over all of them."""
 
 
 class Source(ABC):
     """n functions of N points and C channels in a file, read by their indices: float32 in [0, 1], or uint8.
 
-    masked: whether functions observe points of their own; then `read` gives masks.
+    masked: whether every function has a mask of its own, which `read` then returns.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, masked: bool = False) -> None:
@@ -52,7 +52,7 @@ class Source(ABC):
             yield part, *self.read(np.arange(part.start, part.stop))
 
     def survey(self) -> None:
-        """Look at every function once: finds whatever cannot be read, the checksum, and how many points each has."""
+        """Read every function once: finds whatever cannot be read, the checksum, and how many points each has."""
         checksum, counts = 0, np.full(self.shape[0], self.shape[1], np.int64)
         for part, values, mask in self.blocks():
             checksum = zlib.crc32(np.ascontiguousarray(values).data, checksum)
@@ -75,7 +75,7 @@ class Source(ABC):
 
 
 def keep(source: Source) -> tuple[Tensor | Source, Tensor | None]:
-    """Values and masks in memory if they fit `memory_share`; else the source itself, looked through, and no masks."""
+    """Values and masks in memory if they fit `memory_share`; else the source itself, read through once, no masks."""
     if source.bytes <= memory_share():
         return source.load()
     source.survey()
