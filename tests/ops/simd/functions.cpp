@@ -73,19 +73,30 @@ struct Error {
   double units, absolute;
 };
 
-Error error(float result, double truth) {
+// 1 / unit in the last place of a float next to the finite truth.
+double units_of(double truth) {
+  uint64_t bits;
+  std::memcpy(&bits, &truth, 8);
+  const int64_t exponent = std::max<int64_t>(static_cast<int64_t>(bits >> 52 & 0x7ff) - 1023, -126);
+  bits = static_cast<uint64_t>(23 - exponent + 1023) << 52;
+  std::memcpy(&truth, &bits, 8);
+  return truth;
+}
+
+Error error(float result, double truth, double units) {
+  constexpr float kMost = std::numeric_limits<float>::max(), kTiny = std::numeric_limits<float>::min();
+  if (std::fabs(truth) <= kMost && std::fabs(result) <= kMost) {
+    const double absolute = std::fabs(result - truth);
+    return {result == 0 && std::fabs(truth) < kTiny ? 0 : absolute * units, absolute};
+  }
   const float rounded = static_cast<float>(truth);
   if (std::isnan(truth) || std::isnan(result) || std::isinf(rounded) || std::isinf(result)) {
     const bool same = std::isnan(truth) ? std::isnan(result) : result == rounded;
     const double e = same ? 0 : std::numeric_limits<double>::infinity();
     return {e, e};
   }
-  constexpr float kTiny = std::numeric_limits<float>::min();
-  if (std::fabs(truth) < kTiny && result == 0) return {0, std::fabs(truth)};
-  const double absolute = std::fabs(result - truth);
-  const int exponent = std::max(std::ilogb(truth), -126);
-  return {truth == 0 ? absolute / std::numeric_limits<float>::denorm_min() : std::ldexp(absolute, 23 - exponent),
-          absolute};
+  const double absolute = std::fabs(result - truth);  // the truth rounds to a finite number
+  return {absolute * units, absolute};
 }
 
 }  // namespace
@@ -98,7 +109,7 @@ int main(int argc, char** argv) {
   const std::vector<std::string> isas = vamoh::supported_isas();
   constexpr int64_t kBlock = 4096;
   std::vector<float> values(kBlock), results(kBlock);
-  std::vector<double> truths(kBlock);
+  std::vector<double> truths(kBlock), units(kBlock);
   for (const Case& c : kCases) {
     if (argc > 2 && std::strcmp(argv[2], c.name) != 0) continue;
     std::vector<Error> most(isas.size(), {0, 0});
@@ -111,6 +122,7 @@ int main(int argc, char** argv) {
         std::memcpy(&x, &pattern, 4);
         if (!c.in_range(x)) continue;
         truths[count] = c.truth(x);
+        units[count] = units_of(truths[count]);
         values[count++] = x;
       }
       for (int64_t i = count; i < kBlock; ++i) values[i] = 1;
@@ -128,7 +140,7 @@ int main(int argc, char** argv) {
             portable::evaluate(c.function, values.data(), kBlock, results.data());
         }
         for (int64_t j = 0; j < count; ++j) {
-          const Error e = error(results[j], truths[j]);
+          const Error e = error(results[j], truths[j], units[j]);
           if (e.units > most[i].units) worst[i] = values[j];
           most[i].units = std::max(most[i].units, e.units);
           most[i].absolute = std::max(most[i].absolute, e.absolute);
