@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
@@ -30,6 +32,8 @@ TINY = shlex.split("""
     --model.hypernet_widths 6 --model.inr_widths 5 --model.gating_widths 6 --model.pool_centroids --model.pool_neighbors
     --train.steps 3 --train.batch_size 4 --train.log_every 1 --train.evaluate_every 2 --train.flow_warmup 0
 """)
+TRAINED = {"config.yaml", "metrics.jsonl", "environment.json", "checkpoint"}
+"""What training leaves in a run folder."""
 SHAPES = {"image": (8, 9), "sphere": (46, 90), "voxels": (6, 6, 6)}
 
 
@@ -439,6 +443,41 @@ def test_output_on_any_terminal(
     assert "draw new functions from the trained model" in text and "vamoh complete" in text
     assert str(out / "sample.npz").encode(encoding, errors="replace") in written.getvalue()
     assert (out / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize("moment", ["half a figure", "the evaluation"])
+def test_ctrl_c_after_training(
+    moment: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """130, and what is there is whole."""
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
+    savefig, calls = Figure.savefig, iter(range(9))
+
+    def interrupted(self: Figure, file: io.BytesIO, **options: Any) -> None:
+        if next(calls) == 1:
+            file.write(b"\x89PNG")
+            signal.raise_signal(signal.SIGINT)
+        savefig(self, file, **options)
+
+    def evaluation(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    if moment == "half a figure":
+        monkeypatch.setattr(Figure, "savefig", interrupted)
+    else:
+        monkeypatch.setattr(commands, "evaluate_model", evaluation)
+    assert tiny_train("image", tmp_path) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "vamoh: interrupted"
+    pictures = {"samples.png"} if moment == "half a figure" else {"samples.png", "strip.png", "losses.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*TRAINED, *pictures}
+    for name in pictures:
+        assert_picture(tmp_path / "run" / name)
+    assert load(tmp_path / "run").latent_dim == 3
 
 
 def test_help_in_the_c_locale() -> None:
