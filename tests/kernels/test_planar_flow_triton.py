@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.precision import UNIT, near
 from vamoh.ops import (
     CounterNoise,
     planar_flow,
@@ -205,7 +207,8 @@ def test_normals_at_the_ends_of_the_words(device):
     normals[(1,)](words.to(device), out, SIZE=1024)
     exact = torch.stack(_box_muller(words[0], words[1]))
     radius = exact.norm(dim=0).clamp(min=1e-4)
-    assert ((out.cpu().double() - exact).abs() / radius).max() <= 2.5e-7
+    # Logarithm 1 (half of 2, under the root), root 2, angle 2, series 1, product 1: units of the radius.
+    assert ((out.cpu().double() - exact).abs() / radius).max() <= 7 * UNIT
 
 
 def test_words_are_those_of_the_reference(device):
@@ -242,14 +245,14 @@ def test_deep_flows(published, device):
 def test_layers_far_from_neutral(inner, device):
     """1 + w·û next to 0 and far above 1."""
     w = torch.tensor([[0.6, -0.8]])
-    parameters = (inner * w, w, torch.zeros(1), torch.zeros(2), torch.zeros(2))
-    results = []
-    for dtype, where, backend in ((torch.float32, device, "triton"), (torch.float64, "cpu", "reference")):
-        flow = PlanarFlow(*(t.to(where, dtype) for t in parameters))
-        z = (torch.cat([w, -0.5 * w]) + 0.25).to(where, dtype)
-        results.append([planar_flow_log_prob(z, flow, backend=backend)])
-        results[-1] += planar_flow_sample(z, flow, backend=backend)
-    check(*results)
+    arguments = [torch.cat([w, -0.5 * w]) + 0.25, inner * w, w, torch.zeros(1), torch.zeros(2), torch.zeros(2)]
+
+    def run(backend: str, z: Tensor, *parameters: Tensor) -> list[Tensor]:
+        flow = PlanarFlow(*parameters)
+        return [planar_flow_log_prob(z, flow, backend=backend), *planar_flow_sample(z, flow, backend=backend)]
+
+    results = run("triton", *(t.to(device) for t in arguments))
+    assert near(results, functools.partial(run, "reference"), arguments, [2])
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])

@@ -200,7 +200,8 @@ DIFFERENCES = [*LARGER, (3, 5, 0, 4, 2, 3, 4), (2, 5, 3, 0, 2, 3, 4)]
 def test_differences(size, shared, backend):
     arguments = difference_inputs(size, *shared)
     grad, expected = difference_by_loops(arguments, size[0], shared)
-    assert near_sums(run_difference(arguments, grad, backend), expected)
+    # The bias has few entries, whose sums may cancel.
+    assert near_sums(run_difference(arguments, grad, backend), expected, [0.0, 0.0, float(grad.norm())])
 
 
 @pytest.mark.parametrize("shared", ALL_SHARED)
@@ -215,7 +216,7 @@ def test_differences_on_every_isa_and_thread_count(size, shared, isas, monkeypat
             torch.set_num_threads(n)
             results.append(run_difference(arguments, grad, "cpu"))
         torch.set_num_threads(threads)
-        assert near_sums(results[0], expected)
+        assert near_sums(results[0], expected, [0.0, 0.0, float(grad.norm())])
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
