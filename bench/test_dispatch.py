@@ -29,11 +29,8 @@ def test_small_linear(contest: Contest) -> None:
     x, weight, bias = torch.randn(groups, rows, inputs), torch.randn(groups, outputs, inputs), torch.randn(1, outputs)
     learned = weight.clone().requires_grad_()
     out = torch.empty(rows, groups, outputs).transpose(0, 1)
-    arguments = {
-        "x": x.data_ptr(), "x_at": x.stride(), "weight": weight.data_ptr(), "bias": bias.data_ptr(),
-        "out": out.data_ptr(), "out_at": out.stride(), "sizes": (groups, rows, inputs, outputs),
-        "threads": torch.get_num_threads(), "isa": native_isa(),
-    }  # fmt: skip
+    arguments = {"x": x, "weight": weight, "bias": bias, "out": out}
+    arguments |= {"threads": torch.get_num_threads(), "isa": native_isa()}
     kernel = native().linear
     runs = {
         "ours": repeated(lambda: linear(x, weight, bias)),

@@ -74,13 +74,13 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{where}: {name} must be dense, got {value.layout}")
     sizes = value.shape
     fits = len(sizes) == len(shape)
     if fits:
-        for wanted, size in zip(shape, sizes, strict=True):  # a loop: this runs a hundred times in a small decode
-            if isinstance(wanted, int) and wanted != size:
+        for wanted, size in zip(shape, sizes):  # noqa: B905 - a loop: this runs a hundred times in a small decode
+            if wanted != size and isinstance(wanted, int):
                 fits = False
     if not fits:
         letters = ", ".join("*" if s is None else str(s) for s in shape)

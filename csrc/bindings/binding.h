@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -22,6 +23,27 @@ struct __attribute__((visibility("hidden"))) Memory {
   py::object tensor;
 };
 
+// Memory of a tensor of N dimensions, taken as it lies.
+template <size_t N>
+struct Strided {
+  uintptr_t address = 0;
+  std::array<int64_t, N> sizes{}, strides{};
+};
+
+// Names of attributes; Python finds one object faster than it makes a string.
+#define VAMOH_INTERNED(name) static PyObject* const name = PyUnicode_InternFromString(#name)
+
+inline py::object owned(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+inline uintptr_t address(const py::object& number) {
+  const auto value = static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(number.ptr()));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
 namespace pybind11::detail {
 
 template <>
@@ -29,18 +51,36 @@ struct type_caster<Memory> {
   PYBIND11_TYPE_CASTER(Memory, const_name("Tensor | int | None"));
 
   bool load(handle source, bool) {
+    VAMOH_INTERNED(contiguous);
+    VAMOH_INTERNED(data_ptr);
     if (source.is_none()) return true;
-    if (!PyLong_Check(source.ptr())) {
-      if (!hasattr(source, "data_ptr")) return false;
-      value.tensor = source.attr("contiguous")();
-      source = value.tensor.attr("data_ptr")().release();
-      value.address = PyLong_AsUnsignedLongLong(source.ptr());
-      source.dec_ref();
+    if (PyLong_Check(source.ptr())) {
+      value.address = address(reinterpret_borrow<object>(source));
     } else {
-      value.address = PyLong_AsUnsignedLongLong(source.ptr());
+      value.tensor = owned(PyObject_CallMethodNoArgs(source.ptr(), contiguous));
+      value.address = address(owned(PyObject_CallMethodNoArgs(value.tensor.ptr(), data_ptr)));
     }
-    if (!PyErr_Occurred()) return true;
-    throw error_already_set();
+    return true;
+  }
+};
+
+template <size_t N>
+struct type_caster<Strided<N>> {
+  PYBIND11_TYPE_CASTER(Strided<N>, const_name("Tensor"));
+
+  bool load(handle source, bool) {
+    VAMOH_INTERNED(data_ptr);
+    VAMOH_INTERNED(shape);
+    VAMOH_INTERNED(stride);
+    value.address = address(owned(PyObject_CallMethodNoArgs(source.ptr(), data_ptr)));
+    const tuple sizes = owned(PyObject_GetAttr(source.ptr(), shape));
+    const tuple strides = owned(PyObject_CallMethodNoArgs(source.ptr(), stride));
+    if (sizes.size() != N) return false;
+    for (size_t i = 0; i < N; ++i) {
+      value.sizes[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
+      value.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
+    }
+    return true;
   }
 };
 

@@ -1,4 +1,6 @@
 // The Python module vamoh._native.
+#include <cstdlib>
+
 #include "../isa.h"
 #include "binding.h"
 
@@ -16,6 +18,7 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("cuda") = "";
 #endif
+  m.def("getenv", [](const char* name) { return std::getenv(name); });
   m.def("supported_isas", &vamoh::supported_isas);
   bind_farthest_point_sample(m);
   bind_fourier_features(m);

@@ -211,6 +211,7 @@ def let_cuda_run_here(on_host: ModuleType, set_attribute: Callable[[Any, str, An
     """Replace the backend "cuda" by a module for host memory."""
     on_host.set_seed(2)
     both = ModuleType("both")
+    both.getenv = os.environ.get
     for module in (native(), on_host):
         both.__dict__.update(vars(module) if module else {})
     for op in all_ops():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,7 @@ def test_unknown_isa(isas, monkeypatch, isa):
 def test_isa_that_this_cpu_lacks(isas, monkeypatch, fresh_choice):
     class OldMachine:
         supported_isas = staticmethod(lambda: ["portable"])
+        getenv = staticmethod(os.environ.get)
 
     monkeypatch.setattr(_native, "_load", lambda: (OldMachine, None))
     assert _native.native_isa() == "portable"

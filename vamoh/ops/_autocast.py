@@ -17,8 +17,9 @@ _DEVICES = ("cpu", "cuda")
 
 def under_autocast(x: Tensor) -> bool:
     """Whether torch.autocast is on for tensors of this device."""
-    on = torch.is_autocast_enabled
-    return (on("cpu") and x.device.type == "cpu") or (on("cuda") and x.device.type == "cuda")
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def float32_under_autocast(function: Callable[P, R]) -> Callable[P, R]:

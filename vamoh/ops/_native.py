@@ -41,12 +41,18 @@ def native_unavailable() -> str | None:
     return _load()[1]
 
 
+def setting(name: str) -> str | None:
+    """An environment variable as it is now, for code that is not traced: several times as fast as os.environ."""
+    module = native()
+    return os.environ.get(name) if module is None else module.getenv(name)
+
+
 def native_isa() -> str:
     """Instruction set the native kernels use: VAMOH_ISA if set, else the best of this CPU.
 
     Raises ValueError when VAMOH_ISA names none, or one that this CPU or build lacks.
     """
-    return isa_of(os.environ.get("VAMOH_ISA"))
+    return isa_of(setting("VAMOH_ISA"))
 
 
 @functools.cache
@@ -95,7 +101,9 @@ def call_cpu(function: str, **arguments: Any) -> None:
     Tensors are passed as they are: it takes their memory, contiguous, and keeps it until it returns. An int in their
     place is the address of memory that it takes as it lies.
     """
-    getattr(native(), function)(**arguments, threads=torch.get_num_threads(), isa=native_isa())
+    module = native()
+    isa = isa_of(module.getenv("VAMOH_ISA"))
+    getattr(module, function)(**arguments, threads=torch.get_num_threads(), isa=isa)
 
 
 def call_cuda(function: str, **arguments: Any) -> None:

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from vamoh.ops._autocast import float32_under_autocast
-from vamoh.ops._native import call_cpu, call_cuda, cuda_unavailable, isa_of, native_unavailable, triton_unavailable
+from vamoh.ops._native import (
+    call_cpu,
+    call_cuda,
+    cuda_unavailable,
+    isa_of,
+    native_unavailable,
+    setting,
+    triton_unavailable,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -223,7 +231,7 @@ class Op:
         return arguments
 
     def _run(self, *flat: Any) -> Any:
-        arguments = self._pack(flat[:-1])
+        arguments = self._pack(flat[:-1]) if self._packed else flat[:-1]
         if self._check is not None:
             arguments = self._check(*arguments) or arguments
         like = arguments[self._like]
@@ -237,7 +245,7 @@ class Op:
         Raises ValueError when the backend asked for is unknown or does not take them, RuntimeError when it is missing
         here; both say why.
         """
-        wish = os.environ.get("VAMOH_BACKEND")
+        wish = setting("VAMOH_BACKEND")
         key = (device, dtype, backend, wish)
         candidates = self._chosen.get(key)
         if candidates is None:

@@ -27,12 +27,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
     """
     where = "linear"
     autocast = isinstance(x, Tensor) and under_autocast(x)
-    check_tensor(where, "x", x, ["G", "M", "I"], dtypes=AUTOCAST if autocast else FLOATING)
+    check_tensor(where, "x", x, ("G", "M", "I"), dtypes=AUTOCAST if autocast else FLOATING)
     groups, _, size = x.shape
     like = None if autocast else x
-    check_tensor(where, "weight", weight, [groups, "O", size], like=like)
+    check_tensor(where, "weight", weight, (groups, "O", size), like=like)
     if bias is not None:
-        check_tensor(where, "bias", bias, [groups, weight.shape[1]], like=like)
+        check_tensor(where, "bias", bias, (groups, weight.shape[1]), like=like)
     if autocast:
         require_reference(where, "autocast", backend)
         return linear_reference(x, weight, bias)
@@ -89,33 +89,18 @@ _linear_backward = _linear.derivative(
 @_linear.backend("cpu")
 def _(call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _empty(x, weight, bias)
-    call(
-        "linear",
-        x=x.data_ptr(),
-        x_at=x.stride(),
-        weight=weight,
-        bias=bias,
-        out=out.data_ptr(),
-        out_at=out.stride(),
-        sizes=(*x.shape, weight.shape[1]),
-    )
+    call("linear", x=x, weight=weight, bias=bias, out=out)
     return out
 
 
 @_linear_backward.backend("cpu")
 def _(call: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
     by_x, by_weight, by_bias = _grads(grad, x, weight, needed)
-    given = {"grad": grad.data_ptr(), "grad_at": grad.stride(), "sizes": (*x.shape, weight.shape[1])}
     if needed[0]:
-        call("linear_grad_x", **given, weight=weight, grad_x=by_x)
+        call("linear_grad_x", grad=grad, weight=weight, grad_x=by_x)
     if needed[1] or needed[2]:
-        given |= {"x": x.data_ptr(), "x_at": x.stride()}
-        call(
-            "linear_grad_weight",
-            **given,
-            grad_weight=by_weight if needed[1] else None,
-            grad_bias=by_bias if needed[2] else None,
-        )
+        wanted = (by_weight if needed[1] else None, by_bias if needed[2] else None)
+        call("linear_grad_weight", grad=grad, x=x, grad_weight=wanted[0], grad_bias=wanted[1])
     return by_x, by_weight, by_bias
 
 
