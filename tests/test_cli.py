@@ -371,7 +371,7 @@ def test_requests_that_no_memory_holds_are_refused(image_run: Path, capsys: pyte
 
 
 def test_memory_that_runs_out_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def info() -> str:
+    def info(given: object) -> str:
         raise MemoryError
 
     monkeypatch.setattr(commands, "info", info)

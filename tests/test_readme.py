@@ -69,7 +69,7 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def record(name: str) -> Callable[..., str]:
         signature = inspect.signature(getattr(commands, name))
-        return lambda **options: asked.update(signature.bind(**options).arguments, command=name) or ""
+        return lambda *given, **options: asked.update(signature.bind(*given, **options).arguments, command=name) or ""
 
     for name in cli.COMMANDS:
         monkeypatch.setattr(commands, name, record(name))

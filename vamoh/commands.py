@@ -1,6 +1,7 @@
 """What the commands do: each opens a run, calls the model, and writes a figure and the arrays behind it.
 
-Every function returns the text to show. Unless `out` names a folder, results go to the run folder.
+Every function takes the arguments of its command and returns the text to show. Unless `out` names a folder, results go
+to the run folder.
 """
 
 from __future__ import annotations
@@ -20,9 +21,21 @@ from torch import Tensor
 
 import vamoh
 from vamoh import checkpoint, figures
-from vamoh._checks import check_choice, check_device, check_memory, check_positive
+from vamoh._checks import check_device, check_memory, check_positive
 from vamoh._files import whole_file, write_json, writing
 from vamoh._progress import Progress
+from vamoh.arguments import (
+    Choice,
+    Complete,
+    Convert,
+    Evaluate,
+    Export,
+    Info,
+    Reconstruct,
+    Sample,
+    Segment,
+    Superres,
+)
 from vamoh.compat.config import is_reference_config, load_reference_config
 from vamoh.compat.state import convert as convert_checkpoint
 from vamoh.compat.state import save_reference
@@ -123,23 +136,12 @@ def train(source: str, config: Config, *, out: Path | None, device: str, resume:
     return summarize(open_run(folder, str(place), config.seed)) if workers.main else ""
 
 
-def reconstruct(
-    run: Path,
-    *,
-    out: Path | None,
-    device: str,
-    seed: int,
-    data: str | None,
-    split: str,
-    index: tuple[int, ...],
-    count: int,
-    files: tuple[str, ...] = (),
-) -> str:
+def reconstruct(given: Reconstruct) -> str:
     """Encode functions and decode them at their own points."""
-    opened = open_run(run, device, seed, data)
-    if files:
-        return _of_files(opened, out, "reconstruct", files)
-    indices = _chosen(opened, split, index, count)
+    opened = open_run(given.run, given.device, given.seed, given.data)
+    if given.files:
+        return _of_files(opened, given.out, "reconstruct", given.files)
+    indices = _chosen(opened, given)
 
     def one(points: PointSet) -> dict[str, Array]:
         result = opened.model.reconstruct(points, z=opened.infer(points))
@@ -157,39 +159,27 @@ def reconstruct(
         Column("Reconstruction", _values(arrays["mean"], opened.look)),
         Column("Most probable component", _values(arrays["mean_map"], opened.look)),
     ]
-    return _write(opened, out, "reconstruct", columns, arrays, [f"{value:.1f} dB" for value in arrays["psnr"]])
+    return _write(opened, given.out, "reconstruct", columns, arrays, [f"{value:.1f} dB" for value in arrays["psnr"]])
 
 
-def sample(run: Path, *, out: Path | None, device: str, seed: int, data: str | None, count: int) -> str:
+def sample(given: Sample) -> str:
     """Draw new functions from the prior."""
-    opened = open_run(run, device, seed, data)
+    opened = open_run(given.run, given.device, given.seed, given.data)
     _need_grid(opened)
-    _check_room("sample", opened, count)
-    samples = _sample(opened, count)
-    folder = _folder(opened, out)
+    _check_room("sample", opened, given.count)
+    samples = _sample(opened, given.count)
+    folder = _folder(opened, given.out)
     saved = _save_arrays(folder / "sample.npz", samples)
     figure = figures.write_samples(folder / "sample.png", samples["mean"][:DRAWN_SAMPLES], opened.look)
-    return _drawn(figure, saved, count, DRAWN_SAMPLES)
+    return _drawn(figure, saved, given.count, DRAWN_SAMPLES)
 
 
-def superres(
-    run: Path,
-    *,
-    out: Path | None,
-    device: str,
-    seed: int,
-    data: str | None,
-    split: str,
-    index: tuple[int, ...],
-    count: int,
-    scale: int,
-    files: tuple[str, ...] = (),
-) -> str:
+def superres(given: Superres) -> str:
     """Decode functions on a grid refined `scale` times."""
-    opened = open_run(run, device, seed, data)
-    if files:
-        return _of_files(opened, out, "superres", files, scale=scale)
-    indices = _chosen(opened, split, index, count)
+    opened = open_run(given.run, given.device, given.seed, given.data)
+    if given.files:
+        return _of_files(opened, given.out, "superres", given.files, scale=given.scale)
+    indices, scale = _chosen(opened, given), given.scale
     _check_room("superres", opened, len(indices), scale)
     coords = opened.dataset.grid(scale)[0].to(opened.device)
 
@@ -208,31 +198,18 @@ def superres(
         Column(f"{scale}× super-resolution", _values(arrays["mean"], opened.look)),
     ]
     columns += _globes(arrays["mean"], opened.look)
-    return _write(opened, out, "superres", columns, arrays)
+    return _write(opened, given.out, "superres", columns, arrays)
 
 
-def complete(
-    run: Path,
-    *,
-    out: Path | None,
-    device: str,
-    seed: int,
-    data: str | None,
-    split: str,
-    index: tuple[int, ...],
-    count: int,
-    mask: str | None,
-    draws: int | None,
-    files: tuple[str, ...] = (),
-) -> str:
+def complete(given: Complete) -> str:
     """Fill in the points that a mask hides; by several draws of z, where they are asked for."""
-    opened = open_run(run, device, seed, data)
-    if files:
-        return _of_files(opened, out, "complete", files, mask=mask, draws=draws)
-    indices = _chosen(opened, split, index, count)
-    mask = mask or "patch"
-    seen = completion_mask(mask, opened.dataset.shape, seed=seed).flatten().to(opened.device)
-    generator = torch.Generator(opened.device).manual_seed(seed)
+    opened = open_run(given.run, given.device, given.seed, given.data)
+    if given.files:
+        return _of_files(opened, given.out, "complete", given.files, mask=given.mask, draws=given.draws)
+    indices = _chosen(opened, given)
+    mask, draws = given.mask or "patch", given.draws
+    seen = completion_mask(mask, opened.dataset.shape, seed=given.seed).flatten().to(opened.device)
+    generator = torch.Generator(opened.device).manual_seed(given.seed)
 
     def one(points: PointSet) -> dict[str, Array]:
         partial = observe(points, seen)
@@ -267,26 +244,15 @@ def complete(
         panels = [figures.show_spread(spread, top, opened.look) for spread in arrays["spread"]]
         columns.append(Column(f"Standard deviation, to {top:.2g}", panels))
     labels = ["nothing hidden" if math.isnan(value) else f"{value:.1f} dB" for value in arrays["psnr_missing"]]
-    return _write(opened, out, "complete", columns, arrays, labels)
+    return _write(opened, given.out, "complete", columns, arrays, labels)
 
 
-def segment(
-    run: Path,
-    *,
-    out: Path | None,
-    device: str,
-    seed: int,
-    data: str | None,
-    split: str,
-    index: tuple[int, ...],
-    count: int,
-    files: tuple[str, ...] = (),
-) -> str:
+def segment(given: Segment) -> str:
     """Show which component explains each point, and how certain that is."""
-    opened = open_run(run, device, seed, data)
-    if files:
-        return _of_files(opened, out, "segment", files)
-    indices = _chosen(opened, split, index, count)
+    opened = open_run(given.run, given.device, given.seed, given.data)
+    if given.files:
+        return _of_files(opened, given.out, "segment", given.files)
+    indices = _chosen(opened, given)
 
     def one(points: PointSet) -> dict[str, Array]:
         result = opened.model.reconstruct(points, z=opened.infer(points))
@@ -300,49 +266,39 @@ def segment(
     arrays = _in_batches(opened, indices, one)
     columns = [Column("Input", _values(arrays["input"], opened.look, _seen(opened, indices)), "values")]
     columns += _maps(arrays["segmentation"], arrays["entropy"], arrays["input"], opened.look)
-    return _write(opened, out, "segment", columns, arrays)
+    return _write(opened, given.out, "segment", columns, arrays)
 
 
-def evaluate(
-    run: Path,
-    *,
-    out: Path | None,
-    device: str,
-    seed: int,
-    data: str | None,
-    split: str,
-    count: int | None,
-    samples: int,
-    mask: str,
-) -> str:
+def evaluate(given: Evaluate) -> str:
     """Measure the model on a split and write evaluation.json."""
-    opened = open_run(run, device, seed, data)
+    opened = open_run(given.run, given.device, given.seed, given.data)
     result = evaluate_model(
         opened.model,
         opened.dataset,
-        split=split,
-        count=count,
-        samples=samples,
-        mask=mask,
+        split=given.split,
+        count=given.count,
+        samples=given.samples,
+        mask=given.mask,
         num_points=opened.config.train.num_points,
-        seed=seed,
+        seed=given.seed,
         progress=True,
     )
-    path = _save_json(_folder(opened, out) / "evaluation.json", result)
+    path = _save_json(_folder(opened, given.out) / "evaluation.json", result)
     return f"{table(result)}\n{_written(path)}"
 
 
-def export(run: Path, *, out: Path | None, part: str, format: str) -> str:
+def export(given: Export) -> str:
     """Write the encoder or decoder of a run as a program of its own."""
-    check_choice("export", "format", format, list(FORMATS))
-    path, model = run / f"{part}{FORMATS[format]}" if out is None else out, checkpoint.load(run)
+    path = given.run / f"{given.part}{FORMATS[given.format]}" if given.out is None else given.out
+    model = checkpoint.load(given.run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _written(export_model(model, path, part=part, format=format))
+    return _written(export_model(model, path, part=given.part, format=given.format))
 
 
-def convert(source: Path, *, out: Path, config: Path | None, to_reference: bool) -> str:
+def convert(given: Convert) -> str:
     """Convert a checkpoint of the published code into a run folder, or a run folder into such a checkpoint."""
-    if to_reference:
+    source, out, config = given.source, given.out, given.config
+    if given.to_reference:
         if config is not None:
             raise ValueError("convert: config must be left out with --to-reference; the run folder has its own")
         save_reference(checkpoint.load(source), out)
@@ -369,7 +325,7 @@ def convert(source: Path, *, out: Path, config: Path | None, to_reference: bool)
     return "\n".join([*lines, _written(out)])
 
 
-def info() -> str:
+def info(given: Info) -> str:
     """Report versions, devices, threads and the backends of every op."""
     lines = [
         f"vamoh    {vamoh.__version__}",
@@ -588,9 +544,9 @@ def _completed(run: Run, partial: PointSet, result: Reconstruction) -> Array:
     return np.where(observed, run.grid(partial.values), run.grid(result.mean))
 
 
-def _chosen(run: Run, split: str, index: tuple[int, ...], count: int) -> Tensor:
+def _chosen(run: Run, given: Choice) -> Tensor:
     _need_grid(run)
-    return split_indices(run.dataset, split, index, count)
+    return split_indices(run.dataset, given.split, given.index, given.count)
 
 
 def _seen(run: Run, indices: Tensor) -> Array:
