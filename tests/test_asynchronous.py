@@ -130,7 +130,7 @@ def _configs() -> Iterator[Any]:
         {"likelihood": "continuous_bernoulli", "inr_activation": "sine", "learn_scale": False},
     ]
     for model in models:
-        yield pytest.param("none", model, {}, id="-".join(map(str, model.values())))
+        yield pytest.param("none", model, {}, id="-".join(map(str, model.values())), marks=pytest.mark.slow)
     yield pytest.param("each", {"learn_frequencies": True}, {"num_points": 20}, id="each-learned-20")
     yield pytest.param("none", {}, {"flow_warmup": 9.0, "gating_warmup": 9.0}, id="warm-up")
 

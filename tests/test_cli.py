@@ -211,6 +211,7 @@ def test_export_writes_a_program(
     assert capsys.readouterr().out == f"wrote {image_run / 'decoder.onnx'}\n"
 
 
+@pytest.mark.slow
 def test_resume_continues_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny_train("image", tmp_path) == 0
     folder = tmp_path / "run"

@@ -317,6 +317,7 @@ def test_two_processes_killed(shard: int, tmp_path: Path) -> None:
     assert found.get("kills", 0) >= 5, found
 
 
+@pytest.mark.slow
 def test_killed_with_the_lock_of_its_bars(tmp_path: Path) -> None:
     """Processes forked from one another share no lock that outlives them."""
     assert run_job("lock", tmp_path) == {"killed": True, "step": STEPS}

@@ -243,6 +243,7 @@ def test_a_folder_called_train_alone_is_a_folder() -> None:
     assert all(torch.equal(splits[name], index) for name, index in random_splits("images", 10).items())
 
 
+@pytest.mark.slow
 def test_data_that_stay_in_their_file_train_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     np.save("a.npy", np.random.default_rng(0).random((30, 6, 7)).astype(np.float32))
 

@@ -140,7 +140,7 @@ def test_the_reading_process_ends_with_the_data(tmp_path: Path, small: None) -> 
 
 
 @pytest.mark.parametrize("kind", ["uint8", "fields with holes", "grey images"])
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_other_processes_read_for_themselves(tmp_path: Path, small: None, kind: str, start: str) -> None:
     data = open_dataset(*KINDS[kind](tmp_path))
     wanted = [data.batch(torch.tensor([i, 29 - i])).values for i in range(8)]

@@ -340,7 +340,7 @@ NATIVE_SIZES = [
     (2, 3, 7, (6, 5, 4, 2)),
     (3, 1, 65, (64, 4, 4, 3)),
     (1, 2, 130, (128, 32, 33, 1)),
-    (2, 2, 200, (256, 64, 64, 64, 3)),
+    pytest.param((2, 2, 200, (256, 64, 64, 64, 3)), marks=pytest.mark.slow),
     (1, 1, 129, (10, 256, 7, 2)),
 ]
 needs_native = pytest.mark.skipif(native_unavailable() is not None, reason=str(native_unavailable()))
@@ -617,7 +617,7 @@ def test_gradients_that_only_the_reference_has(monkeypatch):
         monkeypatch.delenv("VAMOH_BACKEND")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_contract_of_torch_library(masked, features, dtype):
