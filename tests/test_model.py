@@ -680,6 +680,7 @@ CHANGES: dict[str, Any] = {
     "open_ends": True,
     "kl": "cross_entropy",
     "kl_samples": 4,
+    "objective": "marginal",
     "initialization": "published",
     "seed": 1,
 }

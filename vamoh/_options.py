@@ -22,6 +22,7 @@ Activation = Literal["leaky_relu", "relu", "sine"]
 GatingBound = Literal["none", "tanh"]
 LikelihoodKind = Literal["logistic", "bernoulli", "continuous_bernoulli"]
 Kl = Literal["exact", "cross_entropy"]
+Objective = Literal["elbo", "marginal"]
 Initialization = Literal["stable", "published"]
 
 _CHOICES = {
@@ -31,6 +32,7 @@ _CHOICES = {
     "inr_activation": Activation,
     "gating_bound": GatingBound,
     "kl": Kl,
+    "objective": Objective,
     "initialization": Initialization,
 }
 _SIZES = (

@@ -21,6 +21,7 @@ from vamoh._options import (
     Kl,
     LikelihoodKind,
     NeighborMetric,
+    Objective,
     Prior,
     check_model,
     check_types,
@@ -113,6 +114,8 @@ class ModelConfig:
     """objective: the true bound, or what the published code computes"""
     kl_samples: int = 16
     """samples of z of the KL estimate"""
+    objective: Objective = "elbo"
+    """which component explains a point: a network says, or the components are summed out, without that network"""
     initialization: Initialization = "stable"
     """initial values: near neutral, or as in the published code"""
 

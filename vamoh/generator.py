@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,31 @@ def expected_log_likelihood(
     return inr_mixture_expected_log_likelihood(
         theta, features, values, q, likelihood.scale, inr, likelihood.op, mask=mask, mirror=mirror
     )[0]
+
+
+@torch.no_grad()
+def log_responsibilities(
+    theta: Tensor,
+    features: Tensor,
+    values: Tensor,
+    log_p: Tensor,
+    mask: Tensor | None,
+    inr: Inr,
+    likelihood: Likelihood,
+    mirror: Tensor | None = None,
+    beta: float = 1.0,
+) -> Tensor:
+    """log q(c) [B, K, N] that maximises E_q log p(y | x, z, c) - beta · KL(q(c) ‖ p(c | x, z)), beta ≥ 0.
+
+    With beta 1 that is the exact posterior p(c | x, y, z), and the maximum is log p(y | x, z); at unobserved points it
+    is p. log_p [B, K, N] or [B, K, 1]. No gradient: by the envelope theorem that of the maximum takes q as constant.
+    """
+    score = inr_mixture_log_likelihood(
+        theta, features, values, likelihood.scale, inr, likelihood.op, mask=mask, mirror=mirror
+    )
+    if beta:
+        return (score / beta + log_p).log_softmax(1)
+    return torch.full_like(score, -math.inf).scatter(1, score.argmax(1, keepdim=True), 0.0)
 
 
 def marginal_log_likelihood(

@@ -28,7 +28,15 @@ from vamoh.elbo import ElboTerms, combine, importance_bound
 from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
 from vamoh.encoding import FourierFeatures, raw_metric
 from vamoh.gating import Gating, posterior_and_prior, uniform
-from vamoh.generator import Draws, Part, Reconstruction, decode, expected_log_likelihood, marginal_log_likelihood
+from vamoh.generator import (
+    Draws,
+    Part,
+    Reconstruction,
+    decode,
+    expected_log_likelihood,
+    log_responsibilities,
+    marginal_log_likelihood,
+)
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
 from vamoh.likelihood import Likelihood
@@ -97,6 +105,8 @@ class VaMoH(nn.Module):
     kl, kl_samples:         "exact": the true bound, analytic entropy of q and a reparametrised estimate of
                             E_q[-log p(z)]. "cross_entropy": the published code's term for a flow prior, which lacks the
                             entropy and gives the encoder no gradient. The number of samples of the estimate.
+    objective:              "elbo": a network q(c | x, y, z) says which component explains a point. "marginal": the
+                            components are summed out exactly, and there is no such network; a tighter bound.
     initialization:         "stable": coordinate networks start at their usual scale, flow and gating near neutral.
                             "published": default linear initialisation and a far-off flow, as the published code.
     seed:                   of all initial values; the global random state is left alone.
@@ -144,6 +154,7 @@ class VaMoH(nn.Module):
         open_ends: bool = False,
         kl: str = "exact",
         kl_samples: int = 16,
+        objective: str = "elbo",
         initialization: str = "stable",
         seed: int = 0,
     ) -> None:
@@ -183,7 +194,11 @@ class VaMoH(nn.Module):
             self.inr = Inr((encoded, *inr_widths, channels), inr_activation, inr_slope, inr_omega)
             self.hypernet = Hypernet(latent_dim, components, hypernet_widths, self.inr.widths, not stable, draw)
             self.gating_prior = Gating(encoded, 0, latent_dim, gating_widths, components, bounded, draw)
-            self.gating_posterior = Gating(encoded, channels, latent_dim, gating_widths, components, bounded, draw)
+            self.gating_posterior = (
+                Gating(encoded, channels, latent_dim, gating_widths, components, bounded, draw)
+                if objective == "elbo"
+                else None
+            )
 
         with torch.device("meta"):  # of sizes alone, to know what it will take
             _check_memory(self, build)
@@ -313,19 +328,17 @@ class VaMoH(nn.Module):
         if context is not None:
             features = self.encoding.cached(points.coords)
         z = posterior.sample(noise.z)
-        log_q, log_p = self._log_q_and_p(features, z, points.values)
-        if context is not None:  # where the encoder sees nothing, nothing knows the value
-            log_q = torch.where(context.expand(points.batch, -1)[:, None], log_q, log_p)
+        theta, mirror = self.hypernet(z), self._mirror(points)
+        if self.gating_posterior is None:
+            log_p = self._log_prior_c(features, z)
+            log_q = self._log_responsibilities(theta, features, points, log_p, mirror, beta_c)
+        else:
+            log_q, log_p = self._log_q_and_p(self.gating_posterior, features, z, points.values)
+            if context is not None:  # where the encoder sees nothing, nothing knows the value
+                log_q = torch.where(context.expand(points.batch, -1)[:, None], log_q, log_p)
         q, kl_c = categorical_kl(log_q, log_p, points.mask)
         log_likelihood = expected_log_likelihood(
-            self.hypernet(z),
-            features,
-            points.values,
-            q,
-            points.mask,
-            self.inr,
-            self.likelihood,
-            self._mirror(points),
+            theta, features, points.values, q, points.mask, self.inr, self.likelihood, mirror
         )
         estimate = kl_exact if self.kl == "exact" else kl_cross_entropy
         kl_z = estimate(posterior, self._prior_z, noise.kl)
@@ -446,7 +459,12 @@ class VaMoH(nn.Module):
         check_tensor(where, "posterior_at", posterior_at, [points.count], dtypes=[torch.int64])
         if posterior_at.numel() and (posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]):
             raise ValueError(f"{where}: posterior_at must index the {coords.shape[-2]} coords")
-        known = self.gating_posterior(self.encoding.cached(points.coords), z, points.values)
+        features = self.encoding.cached(points.coords)
+        if self.gating_posterior is None:
+            theta, log_p = self.hypernet(z), self._log_prior_c(features, z)
+            known = self._log_responsibilities(theta, features, points, log_p, self._mirror(points))
+        else:
+            known = self.gating_posterior(features, z, points.values)
         observed = (
             torch.ones(points.batch, points.count, dtype=torch.bool, device=z.device)
             if points.mask is None
@@ -520,10 +538,17 @@ class VaMoH(nn.Module):
     def _log_prior_c(self, features: Tensor, z: Tensor) -> Tensor:
         return self.gating_prior(features, z) if self.use_gating_prior else uniform(len(z), self.components, z)
 
-    def _log_q_and_p(self, features: Tensor, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_q_and_p(self, posterior: Gating, features: Tensor, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.use_gating_prior:
-            return posterior_and_prior(self.gating_posterior, self.gating_prior, features, z, values)
-        return self.gating_posterior(features, z, values), self._log_prior_c(features, z)
+            return posterior_and_prior(posterior, self.gating_prior, features, z, values)
+        return posterior(features, z, values), self._log_prior_c(features, z)
+
+    def _log_responsibilities(
+        self, theta: Tensor, features: Tensor, points: PointSet, log_p: Tensor, mirror: Tensor | None, beta: float = 1.0
+    ) -> Tensor:
+        return log_responsibilities(
+            theta, features, points.values, log_p, points.mask, self.inr, self.likelihood, mirror, beta
+        )
 
     @property
     def _metric(self) -> FourierFeatures | None:

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vamoh._checks import check_choice
 from vamoh.compat.config import KL_SAMPLES, VOXEL_POINTS, translate_model
 from vamoh.compat.state import FREQUENCIES, SCALES, TEMPLATE, from_reference, to_reference
 from vamoh.encoder import Neighborhood
+from vamoh.gating import Gating
 from vamoh.generator import Reconstruction
 from vamoh.latent import FlowPrior
 from vamoh.model import Neighborhoods, Noise, VaMoH
@@ -232,8 +233,8 @@ class VAMOH(nn.Module):
         """Log and return the number of parameters as the published code counts them: without the prior over latents."""
         parts = {
             "encoder_z": self.vamoh.encoder,
-            "prior_cat_encoder": self.vamoh.gating_prior,
-            "post_cat_encoder": self.vamoh.gating_posterior,
+            "prior_cat_encoder": self.prior_cat_encoder,
+            "post_cat_encoder": self.post_cat_encoder,
             "hyper": self.vamoh.hypernet,
         }
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -261,7 +262,7 @@ class VAMOH(nn.Module):
     @property
     def post_cat_encoder(self) -> nn.Module:
         """Network of the posterior over components."""
-        return self.vamoh.gating_posterior
+        return cast(Gating, self.vamoh.gating_posterior)  # the published code has no other objective
 
     @property
     def fix_categorical_prior(self) -> bool:
@@ -524,7 +525,7 @@ def _initial_state(model: VaMoH, frequency_scale: float) -> dict[str, Tensor]:
     take("encoder_z.linear_layers.0", nn.Linear(head.in_features, head.out_features))
     gates = {
         "prior_cat_encoder.": (model.gating_prior, 0),
-        "post_cat_encoder.": (model.gating_posterior, model.channels),
+        "post_cat_encoder.": (cast(Gating, model.gating_posterior), model.channels),
     }
     for name, (gate, channels) in gates.items():
         layers: list[Any] = [gate.by_coords, *gate.rest]

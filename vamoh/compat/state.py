@@ -98,7 +98,8 @@ def entries(model: VaMoH) -> Iterator[Entry]:
             theirs = f"prior_z.prior_distr_z.q0.{name}"
             yield Entry((f"prior.{name}",), (theirs,), lambda x: [x[0][0]], lambda x: [x[0][None]])
     yield from _gating("gating_prior", "prior_cat_encoder", model.gating_prior)
-    yield from _gating("gating_posterior", "post_cat_encoder", model.gating_posterior)
+    if model.gating_posterior is not None:
+        yield from _gating("gating_posterior", "post_cat_encoder", model.gating_posterior)
 
 
 def translate(theirs: Mapping[str, Tensor], model: VaMoH) -> dict[str, Tensor]:
@@ -164,6 +165,7 @@ def to_reference(model: VaMoH) -> dict[str, Tensor]:
         "coord_scale": (list(model.domain[1]), []),
         "centroids": (model.centroids, "points"),
         "encoder_density": (model.encoder.density, False),
+        "objective": ("marginal" if model.gating_posterior is None else "elbo", "elbo"),
         "gating_bound": ("tanh" if model.gating_prior.bounded else "none", "tanh"),
     }
     if logistic.kind == "logistic":

@@ -37,7 +37,7 @@ def log_likelihood(likelihood: Likelihood, logits: Tensor, values: Tensor, scale
     """
     check_choice("log_likelihood", "likelihood", likelihood.kind, KINDS)
     if likelihood.kind == "bernoulli":
-        return values * logits - F.softplus(logits)
+        return values * logits + F.logsigmoid(-logits)  # softplus of torch is linear from 20 on
     if likelihood.kind == "continuous_bernoulli":
         return values * logits - _log_partition(logits)
     half = likelihood.half_bin
