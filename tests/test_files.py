@@ -142,3 +142,10 @@ def test_names_no_file_can_have() -> None:
     for name in ("a\0b", "a\udcff"):
         with pytest.raises(ValueError, match="test: out must be a path in UTF-8 without NUL, got 'a"):
             check_path("test", "out", name)
+    for name in ("a/" * 2048, "a" * 256):
+        with pytest.raises(
+            ValueError, match="test: out must be a path of names of at most 255 bytes, got 'a"
+        ) as caught:
+            check_path("test", "out", name)
+        assert len(str(caught.value)) < 200
+    check_path("test", "out", f"{'a' * 255}/a.nc::{'variable,' * 99}")

@@ -164,3 +164,10 @@ def test_contexts_of_any_domain(coords: torch.Tensor) -> None:
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "random:" + "1" * 200, "x" * 10**5 + ".npy", "random:0.5\0"])
+def test_long_names_are_cut_in_messages(name: str) -> None:
+    with pytest.raises(ValueError, match="^mask: ") as caught:
+        completion_mask(name, (4, 5))
+    assert len(str(caught.value)) < 200

@@ -36,9 +36,12 @@ def check_path(where: str, name: str, value: object) -> Path:
 
 
 def check_name(where: str, name: str, value: str) -> None:
-    """Raise ValueError for a path that holds a NUL, or bytes that are not UTF-8."""
+    """Raise ValueError for a path that holds a NUL or bytes that are not UTF-8, or is longer than paths can be."""
     if not isinstance(value, str) or "\0" in value or any(0xD800 <= ord(letter) < 0xE000 for letter in value):
         raise ValueError(f"{where}: {name} must be a path in UTF-8 without NUL, got {shown(value)}")
+    path = value.partition("::")[0]  # a variable may follow
+    if len(value) > 4095 or any(len(part.encode()) > 255 for part in path.split(os.sep)):
+        raise ValueError(f"{where}: {name} must be a path of names of at most 255 bytes, got {shown(value)}")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from vamoh import checkpoint, figures
 from vamoh._checks import check_device, check_memory, check_positive
 from vamoh._files import whole_file, write_json, writing
 from vamoh._progress import Progress
+from vamoh._shown import shown
 from vamoh.arguments import (
     Choice,
     Complete,
@@ -213,11 +214,11 @@ def complete(given: Complete) -> str:
 
     def one(points: PointSet) -> dict[str, Array]:
         partial = observe(points, seen)
-        shown = partial.observed()[0]
-        if shown < opened.model.min_points:
+        left = partial.observed()[0]
+        if left < opened.model.min_points:
             raise ValueError(
                 f"complete: mask must leave every function the {opened.model.min_points} observed points that the "
-                f"encoder needs, got {mask!r}, which leaves {shown}"
+                f"encoder needs, got {shown(mask)}, which leaves {left}"
             )
         result = opened.model.reconstruct(partial, z=opened.infer(partial))
         hidden = ~seen if points.mask is None else points.mask & ~seen
@@ -411,11 +412,11 @@ def table(result: Mapping[str, Any]) -> str:
     if left_out:
         why = f"{result['completion_mask']} hides nothing observed of them, or leaves too few points"
         notes.append(f"completion without {len(left_out)} functions ({_listed(left_out)}): {why}")
-    shown = [(label, f"{result[name]:.4g}" if abs(result[name]) < 100 else f"{result[name]:.1f}", unit)
+    rows = [(label, f"{result[name]:.4g}" if abs(result[name]) < 100 else f"{result[name]:.1f}", unit)
              for label, name, unit in rows if name in result]  # fmt: skip
-    width, digits = max(len(label) for label, _, _ in shown), max(len(number) for _, number, _ in shown)
+    width, digits = max(len(label) for label, _, _ in rows), max(len(number) for _, number, _ in rows)
     title = f"{result['data']}, {result['split']} split, {result['functions']} functions of {result['points']} points"
-    return "\n".join([title, *(f"{a:<{width}}  {b:>{digits}} {c}".rstrip() for a, b, c in shown), *notes])
+    return "\n".join([title, *(f"{a:<{width}}  {b:>{digits}} {c}".rstrip() for a, b, c in rows), *notes])
 
 
 def _held_out(dataset: Dataset) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vamoh import metrics
 from vamoh._checks import check_positive, check_seed, check_type
 from vamoh._progress import Progress
+from vamoh._shown import shown
 from vamoh.data import Dataset
 from vamoh.masks import completion_mask
 from vamoh.metrics import MAX_PSNR
@@ -35,7 +36,7 @@ def split_indices(dataset: Dataset, split: str, index: tuple[int, ...] = (), cou
     for position in index:
         check_type("data", "index", position, int)
     if split not in dataset.splits:
-        raise ValueError(f"data: split must be one of {', '.join(dataset.splits)}, got {split!r}")
+        raise ValueError(f"data: split must be one of {', '.join(dataset.splits)}, got {shown(split)}")
     found = dataset.splits[split]
     if len(found) == 0:
         raise ValueError(f"data: split {split} of {dataset.name} must not be empty")

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from vamoh._checks import check_choice
 from vamoh._files import write_file
+from vamoh._shown import shown
 from vamoh.gating import uniform
 from vamoh.model import VaMoH
 from vamoh.ops import inr_mixture_mean
@@ -128,7 +129,7 @@ def export_model(model: VaMoH, path: str | os.PathLike[str], *, part: str = "dec
     check_choice("export", "part", part, PARTS)
     check_choice("export", "format", format, list(FORMATS))
     if format == "onnx" and part != "decoder":
-        raise ValueError(f"export: part must be 'decoder' for format 'onnx', got {part!r}")
+        raise ValueError(f"export: part must be 'decoder' for format 'onnx', got {shown(part)}")
     _refuse_existing(path)
     if format == "onnx":
         content = decoder_onnx(model)

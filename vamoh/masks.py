@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from vamoh._checks import check_seed, check_sizes, check_type
-from vamoh._shown import reason
+from vamoh._files import check_name
+from vamoh._shown import reason, shown
 
 NAMES = ("patch", "half", "outside", "random:RATE")
 
@@ -31,6 +32,7 @@ def completion_mask(name: str, shape: Sequence[int], *, seed: int = 0) -> Tensor
     or none of the points; FileNotFoundError for a missing file.
     """
     check_type("mask", "name", name, str)
+    check_name("mask", "name", name)
     check_seed("mask", "seed", seed)
     shape = check_sizes("mask", "shape", shape)
     kind, _, rate = name.partition(":")
@@ -49,10 +51,10 @@ def completion_mask(name: str, shape: Sequence[int], *, seed: int = 0) -> Tensor
     else:
         near = difflib.get_close_matches(name, ["patch", "half", "outside", "random:0.5"], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"mask: name must be {', '.join(NAMES)}, or a .npy or .png file, got {name!r}{hint}")
+        raise ValueError(f"mask: name must be {', '.join(NAMES)}, or a .npy or .png file, got {shown(name)}{hint}")
     if bool(mask.all()) or not bool(mask.any()):
         raise ValueError(
-            f"mask: {name!r} must leave some points observed and some missing on a grid {list(shape)}, "
+            f"mask: {shown(name)} must leave some points observed and some missing on a grid {list(shape)}, "
             f"got {int(mask.sum())} of {mask.numel()} observed"
         )
     return mask
@@ -93,8 +95,8 @@ def context_mask(
     along = place.expand(batch, -1, -1).gather(2, axis[:, None, None].expand(-1, count, 1))[..., 0]
     side = (along <= (0.25 + 0.5 * draws[:, -2:-1]).to(place)) ^ (draws[:, -1:] < 0.5)
     scattered = torch.rand(batch, count, generator=generator) >= rate * draws[:, -1:]
-    shown = torch.stack([scattered, ~inside, inside, side, torch.ones_like(inside)])
-    return shown[kind, torch.arange(batch)]
+    kinds = torch.stack([scattered, ~inside, inside, side, torch.ones_like(inside)])
+    return kinds[kind, torch.arange(batch)]
 
 
 def _random(name: str, rate: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -103,7 +105,7 @@ def _random(name: str, rate: str, shape: tuple[int, ...], seed: int) -> Tensor:
     except ValueError:
         value = float("nan")
     if not 0 < value < 1:
-        raise ValueError(f"mask: the rate of random:RATE must be a number between 0 and 1, got {name!r}")
+        raise ValueError(f"mask: the rate of random:RATE must be a number between 0 and 1, got {shown(name)}")
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= value
 
 
@@ -121,7 +123,7 @@ def _from_file(path: Path, shape: tuple[int, ...]) -> Tensor:
     except Exception as error:  # readers of damaged files raise of all kinds
         raise ValueError(f"mask: {str(path)!r} cannot be read: {reason(error)}") from error
     if array.shape != shape:
-        raise ValueError(f"mask: {str(path)!r} must have shape {list(shape)}, got {list(array.shape)}")
+        raise ValueError(f"mask: {str(path)!r} must have shape {list(shape)}, got {shown(list(array.shape))}")
     if array.dtype != np.bool_:
         levels = np.unique(array)
         if not (np.isin(levels, (0, 1)).all() or np.isin(levels, (0, 255)).all()):

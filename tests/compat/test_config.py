@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
 from vamoh import VaMoH, cli, commands, load_config, open_dataset
+from vamoh.compat import config
 from vamoh.compat.config import (
     DEFAULTS,
     IDLE,
@@ -291,3 +293,35 @@ def test_cfg_names_the_file(write: Write, monkeypatch: pytest.MonkeyPatch, joine
     wanted = parse(["train", path, "optim.max_epoch", "2", "--seed", "4"], monkeypatch)
     assert parse(["train", *option, "optim.max_epoch", "2", "--seed", "4"], monkeypatch) == wanted
     assert parse(["train", "--seed", "4", *option, "optim.max_epoch", "2"], monkeypatch) == wanted
+
+
+ODD: list[Any] = ["{[]: 1}", "(" * 3000, "1" + "0" * 400, "1e999", "-1e5", "[[1]]", "100000000", "x" * 3000, math.nan]
+
+
+@pytest.mark.parametrize("value", ODD, ids=[str(value)[:12] for value in ODD])
+def test_odd_values_of_every_key(write: Write, monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+    """Each is taken, or refused with the file's name, in one short line and little memory."""
+    path = write()
+    content = config._read(path)
+    monkeypatch.setattr(config, "_read", lambda _: content)
+    for key in DEFAULTS:
+        try:
+            load_reference_config(path, [key, value])
+        except ValueError as error:
+            text = str(error).removeprefix(f"{path}: ")
+            assert len(text) < len(str(error)) and len(text) < 300 and "\n" not in text, (key, text)
+
+
+def test_odd_keys_and_too_many_layers(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(ValueError, match="params_fnrep.num_layers must be at most 1000, got 1001"):
+        load_reference_config(write(), ["params_fnrep.num_layers", "1001"])
+    path = tmp_path / "c.yaml"
+    for text, message in {
+        "1: 2": "unknown key 1",
+        f"{'x' * 500}: 2": "unknown key 'xxx",
+        "optim: {base_lr: 1" + "0" * 400 + "}": "optim.base_lr must be below 2^63, got an int of 1329 bits",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"c.yaml: {re.escape(message)}") as caught:
+            load_reference_config(path)
+        assert len(str(caught.value)) < 300 + len(str(path))

@@ -188,7 +188,7 @@ class TestImages:
 
     @pytest.mark.parametrize("path", ["a\0b", "\udcff"])
     def test_paths_that_no_file_keeps(self, path: str) -> None:
-        with refuse("open_dataset: path must be text without NUL that UTF-8 can write, got"):
+        with refuse("open_dataset: path must be a path in UTF-8 without NUL, got"):
             open_dataset("images", path)
 
 

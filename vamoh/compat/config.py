@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vamoh._files import read_file, reading
-from vamoh._shown import shown
+from vamoh._shown import shown, unquoted
 from vamoh.config import BetaConfig, BoundedLoader, Config, DataConfig, ModelConfig, TrainConfig, config_to_dict
 
 Status = Literal["mapped", "without effect", "corrected"]
@@ -79,6 +79,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 VOXEL_POINTS = 4096
 """Points of every batch of voxels, a constant of the published code."""
 KL_SAMPLES = 4096
+_MOST_LAYERS = 1000
 
 # Every key and the value it has when a file leaves it out.
 DEFAULTS: dict[str, Any] = {
@@ -323,8 +324,8 @@ class _Keys:
         """Value of a key of which only the `allowed` ones can be reproduced; ValueError for another."""
         self.ours[key] = ours
         if self.values[key] not in allowed:
-            choices = " or ".join(repr(a) for a in allowed)
-            raise ValueError(f"{key} must be {choices}, got {self.values[key]!r}: {why}")
+            choices = " or ".join(map(shown, allowed))
+            raise ValueError(f"{key} must be {choices}, got {shown(self.values[key])}: {why}")
         return self.values[key]
 
 
@@ -348,16 +349,16 @@ def load_reference_config(path: str | os.PathLike[str], overrides: Sequence[str]
     for key, value in content.items():
         if key in SECTIONS:
             if value is not None and not isinstance(value, Mapping):
-                raise ValueError(f"{path}: {key} must be a section of keys and values, got {value!r}")
+                raise ValueError(f"{path}: {key} must be a section of keys and values, got {shown(value)}")
             given.update({f"{key}.{name}": _decoded(entry) for name, entry in (value or {}).items()})
         else:
-            given[key] = _decoded(value)
+            given[str(key)] = _decoded(value)
     if len(overrides) % 2:
-        raise ValueError(f"{path}: overrides must be pairs of a key and a value, got {' '.join(overrides)}")
+        raise ValueError(f"{path}: overrides must be pairs of a key and a value, got {shown(' '.join(overrides))}")
     given.update({k: _decoded(v) for k, v in zip(overrides[::2], overrides[1::2], strict=True)})
     try:
         return translate_config(given, corrected)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -421,7 +422,7 @@ def table(rows: Iterable[Row], instead: Mapping[str, Any] | None = None) -> str:
             text = (
                 f"not used: {taken}" if taken and instead.keys() >= set(ours) else f"{row.text}{taken and '; ' + taken}"
             )
-            lines.append(f"  {row.key} {row.value!r} -> {text}")
+            lines.append(f"  {row.key} {shown(row.value)} -> {text}")
     lines += [f"  {row.text}" for row in kept if row.status == "corrected"]
     reasons: dict[str, list[str]] = {}
     for row in kept:
@@ -475,6 +476,9 @@ def _model(keys: _Keys, *, images: bool) -> ModelConfig:
         [keys.take(f"params_{part}.{key}", f"model.{ours}") for key in ("dim_inner", "num_layers")]
         for part, ours in (("hyper", "hypernet_widths"), ("fnrep", "inr_widths"))
     )
+    for part, (_, layers) in (("hyper", hyper), ("fnrep", inr)):
+        if layers > _MOST_LAYERS:
+            raise ValueError(f"params_{part}.num_layers must be at most {_MOST_LAYERS}, got {layers}")
     return ModelConfig(
         latent_dim=keys.take("model.dim_z", "model.latent_dim"),
         components=keys.take("params_k_mixture.K", "model.components"),
@@ -496,7 +500,7 @@ def _model(keys: _Keys, *, images: bool) -> ModelConfig:
         gating_widths=tuple(gating),
         gating_bound="tanh",
         likelihood=kind,  # type: ignore[arg-type]
-        scale=1 / (1 + math.exp(-log_scale)),
+        scale=1 / (1 + math.exp(min(-log_scale, 700.0))),
         learn_scale=False,
         max_scale=0.1,
         kl="cross_entropy",
@@ -522,7 +526,7 @@ def _train(keys: _Keys, source: _Source, name: str) -> tuple[TrainConfig, tuple[
     keys.must("optim.optimizer", ["adam"], "there is no other optimizer")
     batch = keys.take("train.batch_size", "train.batch_size")
     if batch < 1:
-        raise ValueError(f"train.batch_size must be at least 1, got {batch}")
+        raise ValueError(f"train.batch_size must be at least 1, got {shown(batch)}")
     whole = max(1, source.train // batch)
     limit = keys.take("dataset.use_number_batch", "train.steps: so many updates make an epoch, drawn from all the data")
     updates = min(limit, whole) if limit > 0 else whole
@@ -572,18 +576,21 @@ def _warmups(keys: _Keys) -> tuple[float, float]:
     numbers, starts, ends = (keys.values[key] for key in names)
     if not len(numbers) == len(starts) == len(ends) or len(set(numbers)) != len(numbers):
         raise ValueError(
-            f"{', '.join(names)} must have one length, and every number once, got {numbers}, {starts}, {ends}"
+            f"{', '.join(names)} must have one length, and every number once, got "
+            f"{shown(numbers)}, {shown(starts)}, {shown(ends)}"
         )
     epochs = {4: 0.0, 6: 0.0}
     if keys.take("model.fix_categorical_prior", "train.gating_warmup"):
         epochs[6] = math.inf
     for number, start, end in zip(numbers, starts, ends, strict=True):
         if number not in epochs:
-            raise ValueError(f"model.scenerio must list 4 and 6 alone, got {number}: the published code has no other")
+            raise ValueError(
+                f"model.scenerio must list 4 and 6 alone, got {shown(number)}: the published code has no other"
+            )
         if start != 0 or end < 0:
             raise ValueError(
-                f"model.scenerio_start must be 0 and model.scenerio_end at least 0, got {start} and {end}: "
-                "a warm-up is at the start of training"
+                f"model.scenerio_start must be 0 and model.scenerio_end at least 0, got {shown(start)} and "
+                f"{shown(end)}: a warm-up is at the start of training"
             )
         epochs[number] = float(end)
     return epochs[4], epochs[6]
@@ -598,11 +605,13 @@ def _beta(keys: _Keys, part: str, scale: float) -> BetaConfig:
         return BetaConfig(value=weight)
     schedules = {"Linear": "linear", "Poly": "quadratic", "Exp": "exponential"}
     if kind not in schedules:
-        raise ValueError(f"model.beta_{part}_scheduler must be one of {', '.join(schedules)} or None, got {kind!r}")
+        known = ", ".join(schedules)
+        raise ValueError(f"model.beta_{part}_scheduler must be one of {known} or None, got {shown(kind)}")
     if start != 0 or end == 0:
         raise ValueError(
-            f"model.start_scheduler and model.end_scheduler must be 0 and above 0, or both -1 for no ramp, got {start} "
-            f"and {end}: the published code divides by their difference, and before a later start its weight is full"
+            f"model.start_scheduler and model.end_scheduler must be 0 and above 0, or both -1 for no ramp, got "
+            f"{shown(start)} and {shown(end)}: the published code divides by their difference, and before a later "
+            "start its weight is full"
         )
     return BetaConfig(value=weight, schedule=schedules[kind], end=end * scale)  # type: ignore[arg-type]
 
@@ -644,7 +653,7 @@ def _decoded(value: Any) -> Any:
         return value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval has for a text
         return value
 
 
@@ -652,15 +661,17 @@ def _checked(key: str, value: Any) -> Any:
     """`value` if its kind is that of the key's default; ints become floats where those are wanted."""
     if key not in DEFAULTS:
         near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.6)
-        raise ValueError(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"unknown key {unquoted(key)}" + (f"; did you mean {near[0]}?" if near else ""))
     default = DEFAULTS[key]
     if default is None or (value is None and key in NULLABLE) or (key in IDLE and key != "dataset.size"):
         return value
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(f"{key} must be below 2^63, got {shown(value)}")
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(default, list) and isinstance(value, tuple):
         return list(value)
     if type(value) is not type(default):
         kinds = {bool: "true or false", int: "an int", float: "a number", str: "a string", list: "a list"}
-        raise ValueError(f"{key} must be {kinds[type(default)]}, got {value!r}")
+        raise ValueError(f"{key} must be {kinds[type(default)]}, got {shown(value)}")
     return value

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from vamoh._cache import ContentCache
 from vamoh._checks import check_choice
+from vamoh._shown import shown
 from vamoh.compat.config import KL_SAMPLES, VOXEL_POINTS, translate_model
 from vamoh.compat.state import FREQUENCIES, SCALES, TEMPLATE, from_reference, to_reference
 from vamoh.encoder import Neighborhood
@@ -85,9 +86,13 @@ class VAMOH(nn.Module):
         shape = tuple(dims_x[1:])
         wanted = 3 if task == "voxels_chairs" else 2
         if len(shape) != wanted or any(n < 2 for n in shape):
-            raise ValueError(f"{where}: dims_x must have {wanted} sizes of at least 2 after the channels, got {dims_x}")
+            raise ValueError(
+                f"{where}: dims_x must have {wanted} sizes of at least 2 after the channels, got {shown(dims_x)}"
+            )
         if dims_x[0] != feature_dim:
-            raise ValueError(f"{where}: feature_dim must be the channels of dims_x, {dims_x[0]}, got {feature_dim}")
+            raise ValueError(
+                f"{where}: feature_dim must be the channels of dims_x, {shown(dims_x[0])}, got {shown(feature_dim)}"
+            )
         if params_nf is None:
             params_nf = _global("params_nf")
             if params_nf is None:

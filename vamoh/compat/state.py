@@ -177,7 +177,7 @@ def to_reference(model: VaMoH) -> dict[str, Tensor]:
         }
     for name, (found, wanted) in fixed.items():
         if found != wanted:
-            raise ValueError(f"to_reference: {name} must be {wanted!r}, as in the published code, got {found!r}")
+            raise ValueError(f"to_reference: {name} must be {wanted!r}, as in the published code, got {shown(found)}")
     own = model.state_dict()
     state: dict[str, Tensor] = {}
     for entry in entries(model):

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable
 
 from vamoh._checks import check_positive, check_type
+from vamoh._files import check_name
+from vamoh._shown import shown
 from vamoh.data import arrays, avatars, images, shapes, sphere, voxels
 from vamoh.data.dataset import Dataset, Domain, resplit
 
@@ -53,15 +55,15 @@ def open_dataset(
     if name not in NAMES:
         nearest = difflib.get_close_matches(str(name), NAMES, 1)
         hint = f", did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{where}: name must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+        raise ValueError(f"{where}: name must be one of {', '.join(NAMES)}, got {shown(name)}{hint}")
     if size is not None:
         check_positive(where, "size", size)
     files: list[str] | None = None
-    if path is not None and not _can_be_written(path):
-        raise ValueError(f"{where}: path must be text without NUL that UTF-8 can write, got {path!r}")
+    if path is not None:
+        check_name(where, "path", path)
     if name in _BUNDLED or name in _GENERATED:
         if path is not None:
-            raise ValueError(f"{where}: path must be None for {name}, got {path!r}")
+            raise ValueError(f"{where}: path must be None for {name}, got {shown(path)}")
         dataset = _BUNDLED[name]() if name in _BUNDLED else _GENERATED[name](root)
     elif path is None:
         raise ValueError(f"{where}: path must name your file or folder for {name}, got None")
@@ -72,10 +74,3 @@ def open_dataset(
     if size is not None and dataset.shape[:1] != (size,):
         raise ValueError(f"{where}: size must be None for {name} of shape {list(dataset.shape)}, got {size}")
     return dataset if splits is None else resplit(dataset, splits, files)
-
-
-def _can_be_written(path: str) -> bool:
-    try:
-        return b"\0" not in path.encode()
-    except UnicodeEncodeError:
-        return False

@@ -127,7 +127,9 @@ class Dataset:
         if self.kind != "points" and torch.Size(self.shape).numel() != count:
             raise ValueError(f"{where}: shape {list(self.shape)} must hold N={count} points")
         if set(self.splits) != set(SPLITS):
-            raise ValueError(f"{where}: splits must be {', '.join(SPLITS)}, got {', '.join(map(str, self.splits))}")
+            raise ValueError(
+                f"{where}: splits must be {', '.join(SPLITS)}, got {', '.join(map(unquoted, self.splits))[:200]}"
+            )
         for name, index in self.splits.items():
             check_tensor(where, f"splits[{name!r}]", index, ["n"], dtypes=[torch.int64])
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < n:

@@ -188,7 +188,7 @@ class FieldArray:
         self.shape, self.dtype, self.bytes = variable.shape, dtype, dtype.itemsize * _product(variable.shape)
         for name, plain in (("scale_factor", 1.0), ("add_offset", 0.0)):
             if _number(path, variable, name, plain) != plain:
-                raise ValueError(f"{path}: {variable.name} must hold plain numbers for arrays, got a {name}")
+                raise ValueError(f"{path}: {unquoted(variable.name)} must hold plain numbers for arrays, got a {name}")
 
     def read(self, index: Array) -> Array:
         """Rows `index` [B] int64, [B, *shape[1:]]."""
@@ -275,8 +275,9 @@ def find_variables(path: str, file: FieldFile, wanted: str) -> tuple[list[Variab
     if bent is not None:
         axis = curved[bent]
         raise ValueError(
-            f"{path}: {bent} must lie over latitudes and longitudes of one dimension, got {axis.name}"
-            f"({', '.join(axis.dims)}), a curvilinear grid; an .npz file of coords and values can hold it"
+            f"{path}: {bent} must lie over latitudes and longitudes of one dimension, got {unquoted(axis.name)}("
+            f"{', '.join(map(unquoted, axis.dims))[:80]}), a curvilinear grid; an .npz file of coords and values can "
+            "hold it"
         )
     if wanted and (not names or not set(names) <= set(fitting) or len(set(names)) < len(names)):
         raise ValueError(f"{path}: variable must be one over latitude and longitude ({known}), got {shown(wanted)}")
@@ -287,11 +288,13 @@ def find_variables(path: str, file: FieldFile, wanted: str) -> tuple[list[Variab
     found = [variables[name] for name in names]
     for variable in found:
         if variable.dtype is None or variable.dtype.kind not in "iuf":
-            raise ValueError(f"{path}: {variable.name} must hold numbers, got {variable.dtype or 'another type'}")
-        if (variable.dims, *fitting[variable.name]) != (found[0].dims, *fitting[names[0]]):
             raise ValueError(
-                f"{path}: {variable.name} must have the dimensions of {names[0]}, "
-                f"({', '.join(found[0].dims)}), got ({', '.join(variable.dims)})"
+                f"{path}: {unquoted(variable.name)} must hold numbers, got {variable.dtype or 'another type'}"
+            )
+        if (variable.dims, *fitting[variable.name]) != (found[0].dims, *fitting[names[0]]):
+            wanted, got = (", ".join(map(unquoted, v.dims))[:80] for v in (found[0], variable))
+            raise ValueError(
+                f"{path}: {unquoted(variable.name)} must have the dimensions of {names[0]}, ({wanted}), got ({got})"
             )
     return found, *fitting[names[0]]
 
@@ -303,7 +306,9 @@ def degrees(path: str, file: FieldFile, axis: Variable) -> Array:
     if str(axis.attributes.get("units", "")).lower().startswith("rad"):
         values = np.degrees(values)
     if not np.isfinite(values).all():
-        raise ValueError(f"{path}: {axis.name} must be finite, got {int((~np.isfinite(values)).sum())} missing values")
+        raise ValueError(
+            f"{path}: {unquoted(axis.name)} must be finite, got {int((~np.isfinite(values)).sum())} missing values"
+        )
     return values
 
 
@@ -343,7 +348,7 @@ def _split_name(name: str) -> tuple[str, str]:
 def _valid_range(path: str, variable: Variable, dtype: np.dtype[Any]) -> tuple[float, float]:
     both = _numbers(path, variable, "valid_range")
     if both and len(both) != 2:
-        raise ValueError(f"{path}: {variable.name}: valid_range must hold two numbers, got {len(both)}")
+        raise ValueError(f"{path}: {unquoted(variable.name)}: valid_range must hold two numbers, got {len(both)}")
     low, high = both or (-np.inf, np.inf)
     low, high = _number(path, variable, "valid_min", low), _number(path, variable, "valid_max", high)
     if dtype.kind == "f":  # as the numbers were rounded to their type, so are their limits
@@ -374,14 +379,16 @@ def _numbers(path: str, variable: Variable, name: str) -> list[float]:
         try:
             found.append(text if isinstance(text, int) else float(text))
         except (TypeError, ValueError):
-            raise ValueError(f"{path}: {variable.name}: {name} must hold numbers, got {shown(value)}") from None
+            raise ValueError(
+                f"{path}: {unquoted(variable.name)}: {name} must hold numbers, got {shown(value)}"
+            ) from None
     return found
 
 
 def _number(path: str, variable: Variable, name: str, default: float) -> float:
     found = _numbers(path, variable, name)
     if len(found) > 1 or (found and name in ("scale_factor", "add_offset") and not np.isfinite(found[0])):
-        raise ValueError(f"{path}: {variable.name}: {name} must be one finite number, got {shown(found)}")
+        raise ValueError(f"{path}: {unquoted(variable.name)}: {name} must be one finite number, got {shown(found)}")
     return found[0] if found else default
 
 

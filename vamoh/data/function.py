@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vamoh._files import whole_file
+from vamoh._shown import shown, unquoted
 from vamoh.data.dataset import Domain
 from vamoh.data.fields import find_variables, open_fields
 from vamoh.data.files import Array, read_arrays, unit_values
@@ -114,7 +115,9 @@ def read_function(path: str, domain: Domain, coord_dim: int, channels: int) -> F
     else:
         arrays = read_arrays(file)
         if len(arrays) != 1:
-            raise ValueError(f"{path}: must hold one array, got {len(arrays)} ({', '.join(sorted(arrays))[:120]})")
+            raise ValueError(
+                f"{path}: must hold one array, got {len(arrays)} ({', '.join(map(unquoted, sorted(arrays)))[:120]})"
+            )
         values = next(iter(arrays.values()))
         if values.ndim == len(domain.shape):
             values = values[..., None]
@@ -168,7 +171,7 @@ def _read_fields(path: str, domain: Domain) -> Function:
     unit, low, high = domain.units
     given = str(variables[0].attributes.get("units", ""))
     if len(variables) != 1 or given != unit:
-        raise ValueError(f"{path}: must hold one variable in {unit!r} as the data of the run, got {given!r}")
+        raise ValueError(f"{path}: must hold one variable in {unit!r} as the data of the run, got {shown(given)}")
     stored = StoredFields(where, opened, variables, latitude, longitude)
     natural = stored.read(np.arange(stored.count))  # [B, N, 1]
     seen = np.asarray(np.isfinite(natural).all(-1))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vamoh._shown import unquoted
 from vamoh.data.dataset import Dataset, Domain, random_splits
 from vamoh.data.fields import FieldFile, Variable, degrees, find_variables, natural_values, open_fields
 from vamoh.data.files import Array, read_bundled
@@ -52,7 +53,7 @@ def netcdf(path: str) -> Dataset:
     stored = StoredFields(where, file, variables, latitude, longitude)
     shape = (stored.count, len(stored.places.coords), len(variables))
     if 0 in shape:
-        raise ValueError(f"{where}: {variables[0].name} must have no size 0, got {list(variables[0].shape)}")
+        raise ValueError(f"{where}: {unquoted(variables[0].name)} must have no size 0, got {list(variables[0].shape)}")
     source = _Fields(where, shape, stored.read)
     splits = random_splits(where, stored.count)
     units = tuple((variable.name, str(variable.attributes.get("units", ""))) for variable in variables)
@@ -166,7 +167,7 @@ class StoredFields:
             lat = lat[self._rows]
             twice = lat[1:][np.diff(lat) == 0]
             if twice.size:
-                raise ValueError(f"{where}: {latitude.name} must not repeat, got {twice[0]} twice")
+                raise ValueError(f"{where}: {unquoted(latitude.name)} must not repeat, got {twice[0]} twice")
             self.places = _places(lat, east)
             self.axes, self.shape = (lat, east), (len(lat), len(east))
 
@@ -193,8 +194,8 @@ class StoredFields:
         for kept, other in self._twins:
             if not np.allclose(fields[..., kept], fields[..., other], rtol=1e-4, atol=1e-30, equal_nan=True):
                 raise ValueError(
-                    f"{self._where}: {variable.name} must have one value where the meridian is repeated, got others in "
-                    f"columns {kept} and {other}"
+                    f"{self._where}: {unquoted(variable.name)} must have one value where the meridian is repeated, got "
+                    f"others in columns {kept} and {other}"
                 )
         return fields[:, self._rows][:, :, self._columns].reshape(len(run), -1)
 
