@@ -55,7 +55,7 @@ def tiny_train(kind: str, folder: Path, *more: str) -> int:
     return main(["train", *source, *TINY, "--out", str(folder / "run"), *more])
 
 
-@pytest.fixture(scope="module", params=["image", "sphere", "voxels"])
+@pytest.fixture(scope="module", params=["image", "sphere", pytest.param("voxels", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Kind and folder of a run that `vamoh train` has made."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -182,7 +182,7 @@ def test_points_that_no_function_observes_do_not_count(capsys: pytest.CaptureFix
     assert "train.num_points must be from 8 (what the encoder needs) to 30" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shape", [(10, 1, 28), (10, 28, 1)])
+@pytest.mark.parametrize("shape", [pytest.param((10, 1, 28), marks=pytest.mark.slow), (10, 28, 1)])
 def test_signals_are_trained_and_drawn(shape: tuple[int, ...]) -> None:
     np.save("signals.npy", np.random.default_rng(0).random(shape).astype(np.float32))
     assert train("arrays", "signals.npy", "run") == 0

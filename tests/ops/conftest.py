@@ -131,7 +131,10 @@ WIDE_CLOUDS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.fixture(params=WIDE_CLOUDS)
+WIDEST = {"corners", "many_dimensions"}  # for whose many dimensions the reference takes seconds
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in WIDEST)) for name in WIDE_CLOUDS])
 def wide_cloud(request: pytest.FixtureRequest) -> Tensor:
     """Clouds [N, D] of at least 64 dimensions, which CPU kernels look at in seven bits first where they can."""
     torch.manual_seed(0)

@@ -214,6 +214,7 @@ def test_empty_batch(backend):
     assert farthest_point_sample(torch.zeros(0, 5, 2), 3, backend=backend).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_contract_of_torch_library(host_backend):
     coords, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
     torch.use_deterministic_algorithms(False)

@@ -351,6 +351,7 @@ def step(encoded: Tensor, net: Net, first: Tensor, prior: Tensor, mask: Tensor |
     return q.square().sum((1, 2)) + kl
 
 
+@pytest.mark.slow
 def test_contract_of_torch_library(backend):
     torch.use_deterministic_algorithms(False)
     ops = torch.ops.vamoh

@@ -617,7 +617,8 @@ def test_gradients_that_only_the_reference_has(monkeypatch):
         monkeypatch.delenv("VAMOH_BACKEND")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_contract_of_torch_library(masked, features, dtype):

@@ -281,6 +281,7 @@ def test_no_queries_and_empty_batch(backend):
     assert knn(torch.zeros(0, 5, 2), torch.zeros(0, 4, 2), 3, backend=backend).shape == (0, 4, 3)
 
 
+@pytest.mark.slow
 def test_contract_of_torch_library(host_backend):
     points, mask = whole(2, 12, 3).requires_grad_(), torch.arange(24).reshape(2, 12) % 3 != 1
     torch.use_deterministic_algorithms(False)

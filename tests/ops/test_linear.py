@@ -136,6 +136,7 @@ def test_second_derivatives_are_refused(backend):
         torch.autograd.grad(linear(x, weight, bias, backend=backend).square().sum(), x, create_graph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*TF32|.*deprecated")
 def test_contract_of_a_torch_op(backend):
     arguments = [t.requires_grad_() for t in inputs(*SIZES[1])[:3]]

@@ -590,6 +590,7 @@ def test_expected_gradients_by_differences():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_contract_of_torch_library(dtype):
     torch.use_deterministic_algorithms(False)

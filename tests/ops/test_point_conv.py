@@ -246,6 +246,7 @@ def test_second_derivatives_are_refused(backend):
             torch.autograd.grad(out.square().sum(), features, create_graph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_contract_of_a_torch_op(shared, host_backend):
     arguments = single(inputs(*SIZES[1], shared))
