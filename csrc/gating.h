@@ -34,17 +34,6 @@ struct GatingGrads {
   float* parameters;  // as GatingNet's
 };
 
-// The coordinates' part of the first layers of several networks: parts[i] [B, hidden[i], N] = weights[i] [hidden[i], E]
-// encoded [B, N, E]^T
-void gating_coords(const float* encoded, const std::vector<const float*>& weights, const std::vector<float*>& parts,
-                   const std::vector<int64_t>& hidden, int64_t batch, int64_t count, int64_t inputs, int threads,
-                   Isa isa);
-
-// grad_weights[i] [hidden[i], E] = sum over B of grads[i] [B, hidden[i], N] encoded [B, N, E]
-void gating_coords_backward(const float* encoded, const std::vector<const float*>& grads,
-                            const std::vector<float*>& grad_weights, const std::vector<int64_t>& hidden, int64_t batch,
-                            int64_t count, int64_t inputs, int threads, Isa isa);
-
 // log_p [B, K, N]
 void gating(const GatingNet& net, float* log_p, int threads, Isa isa);
 

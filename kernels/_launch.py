@@ -14,7 +14,7 @@ from ._plan import Device
 
 SIZES = frozenset({
     "theta_b", "theta_k", "features_b", "log_pi_k", "log_pi_n", "points", "rows_total", "tiles", "batch", "components",
-    "groups", "pairs", "splits", "samples", "layers", "coords_b", "shares", "size", "steps", "q_b", "q_k", "q_n", "p_b",
+    "groups", "pairs", "splits", "samples", "layers", "coords_b", "shares", "size", "q_b", "q_k", "q_n", "p_b",
     "p_k", "p_n", "mask_b", "mask_n",
 })  # fmt: skip
 """Integer arguments of kernels: sizes of a call, strides, and how its work is cut."""

@@ -165,30 +165,6 @@ class GatingCase:
 
 
 @dataclass(frozen=True)
-class CoordsCase:
-    """A kernel of `gating_coords`: encoded coordinates E and width H."""
-
-    op: str
-    encoded: int
-    hidden: int
-    precisions = PRECISIONS
-
-    def cells(self) -> list[str]:
-        """Op, sizes and variant in the table."""
-        return [f"gating_{self.op}", f"{self.encoded}-{self.hidden}", ""]
-
-    def compilation(self, precision: str, capability: int) -> Compilation:
-        """How the op compiles it."""
-        device = Device(capability, 132)
-        p = gating_plan.coords_plan(self.op, 1, 4096, self.encoded, self.hidden, precision, device)
-        meta = gating.coords_constants(p, self.encoded, self.hidden, precision)
-        block = f"{p.outputs}×{p.columns}×{p.inputs}, {_machine(meta)}"
-        if self.op == "coords":
-            return Compilation(gating.coords_forward, "forward", block, meta)
-        return Compilation(gating.coords_train, "train", block, meta)
-
-
-@dataclass(frozen=True)
 class KlCase:
     """A kernel of `categorical_kl` with K components."""
 
@@ -211,7 +187,7 @@ class KlCase:
         return Compilation(gating.kl_train, "train", block, meta)
 
 
-AnyCase = Case | FlowCase | GatingCase | CoordsCase | KlCase
+AnyCase = Case | FlowCase | GatingCase | KlCase
 
 
 def _machine(meta: dict[str, object]) -> str:
@@ -262,7 +238,6 @@ def cases() -> list[AnyCase]:
             GatingCase(op, (64, 64, 64, 32, 10), 3, bounded=True),
             GatingCase(op, (10,), 3),
         ]
-    found += [CoordsCase(op, e, h) for op in ("coords", "coords_backward") for e, h in ((256, 64), (256, 32), (2, 16))]
     return [
         *found,
         KlCase("categorical_kl", 10, True),

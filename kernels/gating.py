@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _blocks, _math
 from ._launch import device_of, kernel, on, products
-from .gating_plan import KL_POINTS, REGISTERS, CoordsPlan, Plan, coords_plan, kl_splits, plan
+from .gating_plan import KL_POINTS, REGISTERS, Plan, kl_splits, plan
 
 
 @triton.jit
@@ -275,50 +275,6 @@ def _hidden_gradient(
 
 
 @kernel
-def coords_forward(
-    encoded, weight, out, points, E: tl.constexpr, H: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr,
-    BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """weight [H, E] · encoded [B, N, E] transposed: [B, H, N]. A program has one block of it."""
-    OUTPUTS: tl.constexpr = (H + BO - 1) // BO
-    tiles = tl.cdiv(points, BN)
-    row = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    j = tl.program_id(0) // tiles % OUTPUTS * BO
-    b = (tl.program_id(0) // tiles // OUTPUTS).to(tl.int64)
-    at = (b * points + tl.minimum(row, points - 1))[None, :] * E
-    acc = tl.zeros((BO, BN), tl.float32)
-    for e in range(0, E, BI):
-        i = e + tl.arange(0, BI)[:, None]
-        x = tl.load(encoded + at + i, mask=i < E, other=0.0)
-        acc = _math.dot(_blocks.matrix(weight, j, e, H, E, E, BO, BI), x, acc, PRECISION)
-    c = j + tl.arange(0, BO)[:, None]
-    tl.store(out + (b * H + c) * points + row[None, :], acc, mask=(c < H) & (row < points)[None, :])
-
-
-@kernel
-def coords_train(
-    grad, encoded, grad_weight, points, steps, splits, E: tl.constexpr, H: tl.constexpr, BO: tl.constexpr,
-    BN: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad [B, H, N] · encoded [B, N, E], summed over shares of the steps of BI points: [splits, H, E]."""
-    OUTPUTS: tl.constexpr = (H + BO - 1) // BO
-    COLUMNS: tl.constexpr = (E + BN - 1) // BN
-    split = tl.program_id(0) // (OUTPUTS * COLUMNS)
-    c = tl.program_id(0) % OUTPUTS * BO + tl.arange(0, BO)[:, None]
-    e = tl.program_id(0) // OUTPUTS % COLUMNS * BN + tl.arange(0, BN)[None, :]
-    each = tl.cdiv(steps, splits)
-    tiles = tl.cdiv(points, BI)
-    acc = tl.zeros((BO, BN), tl.float32)
-    for step in range(split * each, tl.minimum(split * each + each, steps)):
-        b = (step // tiles).to(tl.int64)
-        n = step % tiles * BI + tl.arange(0, BI)
-        d = tl.load(grad + (b * H + c) * points + n[None, :], mask=(c < H) & (n < points)[None, :], other=0.0)
-        x = tl.load(encoded + (b * points + n)[:, None] * E + e, mask=(n < points)[:, None] & (e < E), other=0.0)
-        acc = _math.dot(d, x, acc, PRECISION)
-    tl.store(grad_weight + (split.to(tl.int64) * H + c) * E + e, acc, mask=(c < H) & (e < E))
-
-
-@kernel
 def kl_forward(
     log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, mask, mask_b, mask_n, q, kl, points, batch, splits, K: tl.constexpr,
     BN: tl.constexpr,
@@ -404,46 +360,6 @@ def gating_backward(
     return by_coords, _sum(grad_shift), grad_values, _sum(grad_parameters)
 
 
-def coords(encoded: Tensor, weights: Sequence[Tensor], precision: str) -> list[Tensor]:
-    """weights[i] · encoded, [B, H, N] each; arguments as those of the op `vamoh::gating_coords`."""
-    encoded, parts = encoded.contiguous(), []
-    batch, points, inputs = encoded.shape
-    for weight in weights:
-        hidden = len(weight)
-        out = encoded.new_empty(batch, hidden, points)
-        parts.append(out)
-        if not out.numel():
-            continue
-        p = _coords_plan("coords", batch, points, inputs, hidden, precision, device_of(encoded.device))
-        with on(encoded.device):
-            coords_forward[(p.programs,)](
-                encoded, weight.contiguous(), out, points, **coords_constants(p, inputs, hidden, precision)
-            )
-    return parts
-
-
-def coords_backward(
-    grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor], precision: str
-) -> list[Tensor]:
-    """Gradients of the weights, [H, E] each; arguments as those of the op `vamoh::gating_coords_backward`."""
-    encoded, by_weights = encoded.contiguous(), []
-    batch, points, inputs = encoded.shape
-    for grad, weight in zip(grads, weights, strict=True):
-        hidden = len(weight)
-        if not grad.numel() or not inputs:
-            by_weights.append(weight.new_zeros(weight.shape))
-            continue
-        p = _coords_plan("coords_backward", batch, points, inputs, hidden, precision, device_of(encoded.device))
-        shares = encoded.new_empty(p.splits, hidden, inputs)
-        with on(encoded.device):
-            coords_train[(p.programs,)](
-                grad.contiguous(), encoded, shares, points, batch * -(-points // p.inputs), p.splits,
-                **coords_constants(p, inputs, hidden, precision),
-            )  # fmt: skip
-        by_weights.append(_sum(shares))
-    return by_weights
-
-
 def categorical_kl(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """q [B, K, N] and the divergence [B]; arguments as those of the op `vamoh::categorical_kl`."""
     batch, components, points = log_q.shape
@@ -497,21 +413,6 @@ def constants(chosen: Plan, widths: Sequence[int], channels: int, bounded: bool,
     }
 
 
-def coords_constants(chosen: CoordsPlan, inputs: int, hidden: int, precision: str) -> dict[str, object]:
-    """Constants for which `coords_forward` and `coords_train` are compiled."""
-    return {
-        "E": inputs,
-        "H": hidden,
-        "BO": chosen.outputs,
-        "BN": chosen.columns,
-        "BI": chosen.inputs,
-        "PRECISION": products(precision),
-        "num_warps": chosen.warps,
-        "num_stages": chosen.stages,
-        "maxnreg": REGISTERS,
-    }
-
-
 def kl_constants(components: int) -> dict[str, object]:
     """Constants for which `kl_forward` and `kl_train` are compiled."""
     return {"K": components, "BN": KL_POINTS, "num_warps": 4, "num_stages": 1, "maxnreg": REGISTERS}
@@ -542,4 +443,3 @@ def _sum(shares: Tensor) -> Tensor:
 
 
 _plan = functools.lru_cache(plan)
-_coords_plan = functools.lru_cache(coords_plan)

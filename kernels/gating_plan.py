@@ -38,19 +38,6 @@ class Plan:
     scratch: int
 
 
-@dataclass(frozen=True)
-class CoordsPlan:
-    """Blocks of a product: outputs × columns, sums in steps of `inputs`; sums of the gradient cut into `splits`."""
-
-    outputs: int
-    columns: int
-    inputs: int
-    warps: int
-    stages: int
-    splits: int
-    programs: int
-
-
 def refusal(widths: Sequence[int]) -> str | None:
     """Why networks of these layer widths (H, ..., K) cannot run here, or None."""
     if widths[-1] > MOST_COMPONENTS:
@@ -89,22 +76,6 @@ def plan(op: str, batch: int, points: int, widths: Sequence[int], precision: str
         )  # fmt: skip
     programs, scratch = min(programs, tiles * batch), 2 * rows * max(padded)
     return Plan(rows, inputs, outputs, padded, tiles, warps, stages, tiles, batch, programs, scratch)
-
-
-def coords_plan(
-    op: str, batch: int, points: int, inputs: int, hidden: int, precision: str, device: Device
-) -> CoordsPlan:
-    """The plan of "coords", batch · hidden · points outputs, or "coords_backward", hidden · inputs outputs."""
-    training = op == "coords_backward"
-    _, most, step, warps, stages = blocks(training, precision, device.capability)
-    outputs = min(most, power(hidden, 16))
-    if not training:
-        return CoordsPlan(outputs, 64, step, warps, stages, 1, batch * up(hidden, outputs) * up(points, 64))
-    columns = min(most, power(inputs, 16))
-    items = up(hidden, outputs) * up(inputs, columns)
-    programs = device.programs(REGISTERS, warps)
-    shares = splits(items, batch * up(points, step), programs, 4 * hidden * inputs)
-    return CoordsPlan(outputs, columns, step, warps, stages, shares, items * shares)
 
 
 def kl_splits(batch: int, points: int, device: Device) -> int:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vamoh._initial import linear_layer
-from vamoh.ops.gating import gating, gating_coords
+from vamoh.ops._autocast import float32_under_autocast
+from vamoh.ops.gating import gating
+from vamoh.ops.linear import linear
 
 SLOPE = 0.1
 """LeakyReLU slope of the gating networks (the published code's)."""
@@ -54,7 +56,7 @@ class Gating(nn.Module):
         where `encoded` needs a gradient.
         """
         twice = values is None and torch.is_grad_enabled() and encoded.requires_grad
-        return self._finish(gating_coords(encoded, [self.by_coords.weight], twice=twice)[0], z, values, twice)
+        return self._finish(_coordinate_parts(encoded, [self], twice)[0], z, values, twice)
 
     def _finish(self, coords: Tensor, z: Tensor, values: Tensor | None, twice: bool = False) -> Tensor:
         """Log-probabilities from the coordinates' part of the first layer, [H, N] or [B, H, N]."""
@@ -76,8 +78,26 @@ def posterior_and_prior(
     posterior: Gating, prior: Gating, encoded: Tensor, z: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, K, N] of both networks, as their calls give; reads the encoded coordinates once."""
-    part_q, part_p = gating_coords(encoded, [posterior.by_coords.weight, prior.by_coords.weight])
+    part_q, part_p = _coordinate_parts(encoded, [posterior, prior])
     return posterior._finish(part_q, z, values), prior._finish(part_p, z, None)
+
+
+@float32_under_autocast
+def _coordinate_parts(encoded: Tensor, networks: Sequence[Gating], twice: bool = False) -> Sequence[Tensor]:
+    """What the coordinates add to the first layer of every network, [H, N] or [B, H, N], without the bias.
+
+    encoded [N, E] or [B, N, E]. `twice` takes plain torch, which has second derivatives.
+    """
+    weights = [network.by_coords.weight for network in networks]
+    weight = torch.cat(weights)
+    if twice:
+        parts = weight @ encoded.mT
+    elif encoded.dim() == 2:
+        parts = linear(weight[None], encoded[None], None)[0]
+    else:
+        parts = linear(weight.expand(encoded.shape[0], -1, -1), encoded, None)
+    split: Sequence[Tensor] = parts.split([len(weight) for weight in weights], -2)
+    return split
 
 
 def uniform(batch: int, components: int, like: Tensor) -> Tensor:

@@ -13,21 +13,7 @@ struct Passed<const vamoh::GatingNet&>
 template <>
 struct Passed<const vamoh::GatingGrads&> : Fields<vamoh::GatingGrads, float*, float*, float*, float*> {};
 
-template <class T>
-struct Passed<const std::vector<T*>&> {
-  using type = std::vector<Memory>;
-  static std::vector<T*> get(const type& memory) {
-    std::vector<T*> all;
-    for (const Memory& each : memory) all.push_back(Passed<T*>::get(each));
-    return all;
-  }
-};
-
 void bind_gating(py::module_& m) {
-  m.def("gating_coords", native(&vamoh::gating_coords), py::kw_only(), "encoded"_a, "weights"_a, "parts"_a, "hidden"_a,
-        "batch"_a, "count"_a, "inputs"_a, "threads"_a, "isa"_a);
-  m.def("gating_coords_backward", native(&vamoh::gating_coords_backward), py::kw_only(), "encoded"_a, "grads"_a,
-        "grad_weights"_a, "hidden"_a, "batch"_a, "count"_a, "inputs"_a, "threads"_a, "isa"_a);
   m.def("gating", native(&vamoh::gating), py::kw_only(), "net"_a, "log_p"_a, "threads"_a, "isa"_a);
   m.def("gating_backward", native(&vamoh::gating_backward), py::kw_only(), "net"_a, "log_p"_a, "grad"_a, "grads"_a,
         "threads"_a, "isa"_a);

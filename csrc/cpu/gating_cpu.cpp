@@ -1,7 +1,6 @@
 #include "../gating.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "../threads.h"
@@ -35,16 +34,12 @@ namespace vamoh {
 namespace {
 
 constexpr int64_t kTile = portable::kPanel;
-constexpr int64_t kWidestVector = 16;     // floats
 constexpr int64_t kParts = 32;            // of a sum, added up in order; at most so many threads share the work
-constexpr int64_t kCoordsParts = 16;      // the same, for the larger sums of gating_coords_backward
 constexpr int64_t kSlotFloats = 3 << 15;  // of slots filled before their products are taken
 constexpr int64_t kMostSlots = 12;
 constexpr int64_t kKlPoints = 4096;  // of one task
 
 struct Kernel {
-  decltype(&portable::coords_tile) coords;
-  decltype(&portable::coords_weight_tile) coords_weight;
   decltype(&portable::load_rows) load;
   decltype(&portable::store_rows) store;
   decltype(&portable::gating_tile) forward;
@@ -54,10 +49,10 @@ struct Kernel {
   decltype(&portable::kl_grad_rows) kl_grad;
 };
 
-#define VAMOH_TABLE(isa)                                                                               \
-  Kernel {                                                                                             \
-    &isa::coords_tile, &isa::coords_weight_tile, &isa::load_rows, &isa::store_rows, &isa::gating_tile, \
-        &isa::gating_backward_tile, &isa::gating_parameters, &isa::kl_rows, &isa::kl_grad_rows         \
+#define VAMOH_TABLE(isa)                                                                                        \
+  Kernel {                                                                                                      \
+    &isa::load_rows, &isa::store_rows, &isa::gating_tile, &isa::gating_backward_tile, &isa::gating_parameters, \
+        &isa::kl_rows, &isa::kl_grad_rows                                                                       \
   }
 
 Kernel kernel(Isa isa) {
@@ -136,65 +131,6 @@ struct Items {
 };
 
 }  // namespace
-
-void gating_coords(const float* encoded, const std::vector<const float*>& weights, const std::vector<float*>& parts,
-                   const std::vector<int64_t>& hidden, int64_t batch, int64_t count, int64_t inputs, int threads,
-                   Isa isa) {
-  const Kernel run = kernel(isa);
-  const int64_t tiles = tiles_of(count), rows = std::accumulate(hidden.begin(), hidden.end(), int64_t{0});
-  const int64_t padded = round_up(rows, kWidestVector), scratch = 2 * kTile * padded;
-  const Buffer<float> packed = allocate<float>(inputs * padded);
-  std::fill(packed.get(), packed.get() + inputs * padded, 0.0f);
-  for (size_t i = 0, row = 0; i < weights.size(); ++i)
-    for (int64_t h = 0; h < hidden[i]; ++h, ++row)
-      for (int64_t e = 0; e < inputs; ++e) packed[e * padded + row] = weights[i][h * inputs + e];
-  const Buffer<float> memory = allocate<float>(std::max(threads, 1) * scratch);
-  ThreadPool::get().run(batch * tiles, threads, [&](int64_t task, int worker) {
-    const int64_t b = task / tiles, n = task % tiles * kTile, here = std::min(kTile, count - n);
-    float* panel = memory.get() + worker * scratch;
-    run.coords(encoded + (b * count + n) * inputs, packed.get(), padded, inputs, rows, here, panel,
-               panel + kTile * padded);
-    for (size_t i = 0; i < parts.size(); panel += hidden[i++] * kTile)
-      run.store(panel, hidden[i], here, parts[i] + b * hidden[i] * count + n, count);
-  });
-}
-
-void gating_coords_backward(const float* encoded, const std::vector<const float*>& grads,
-                            const std::vector<float*>& grad_weights, const std::vector<int64_t>& hidden, int64_t batch,
-                            int64_t count, int64_t inputs, int threads, Isa isa) {
-  const Kernel run = kernel(isa);
-  const int64_t tiles = tiles_of(count), total = batch * tiles, parts = std::min(kCoordsParts, total);
-  const int64_t rows = std::accumulate(hidden.begin(), hidden.end(), int64_t{0});
-  const int64_t padded = round_up(inputs, kTile), size = rows * padded;
-  const bool direct = padded == inputs;
-  const int64_t scratch = kTile * (rows + (direct ? 0 : padded));
-  const Buffer<float> memory = allocate<float>(std::max(threads, 1) * scratch);
-  const Buffer<float> sums = allocate<float>((parts + 1) * size);
-  ThreadPool::get().run(parts, threads, [&](int64_t part, int worker) {
-    float *sum = sums.get() + (part + 1) * size, *panel = memory.get() + worker * scratch, *copy = panel + rows * kTile;
-    std::fill(sum, sum + size, 0.0f);
-    const Range range = part_of(part, parts, total);
-    for (int64_t t = range.begin; t < range.end; ++t) {
-      const int64_t b = t / tiles, n = t % tiles * kTile, here = std::min(kTile, count - n);
-      const float* from = encoded + (b * count + n) * inputs;
-      if (!direct) {
-        for (int64_t p = 0; p < here; ++p) {
-          std::copy(from + p * inputs, from + (p + 1) * inputs, copy + p * padded);
-          std::fill(copy + p * padded + inputs, copy + (p + 1) * padded, 0.0f);
-        }
-        from = copy;
-      }
-      float* to = panel;
-      for (size_t i = 0; i < grads.size(); to += hidden[i++] * kTile)
-        run.load(grads[i] + b * hidden[i] * count + n, count, hidden[i], here, to);
-      run.coords_weight(from, panel, padded, rows, here, sum);
-    }
-  });
-  add_parts(sums.get() + size, parts, size, sums.get());
-  const float* row = sums.get();
-  for (size_t i = 0; i < grad_weights.size(); ++i)
-    for (int64_t h = 0; h < hidden[i]; ++h, row += padded) std::copy(row, row + inputs, grad_weights[i] + h * inputs);
-}
 
 void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
   const Kernel run = kernel(isa);

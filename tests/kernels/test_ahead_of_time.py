@@ -75,7 +75,7 @@ def test_kernels_compile(chip, tmp_path):
 sample = [(case, "tf32x3") for case in cases()[:3] + cases()[6:7]] + [(cases()[4], "bf16"), (cases()[8], "tf32")]
 expected, backward = FlowCase("expected", 40, 32, True), FlowCase("backward", 40, 32)
 gates = [GatingCase("gating", (16, 2), 1), GatingCase("gating_backward", (16, 2), 1)]
-rest = [expected, backward, *gates, CoordsCase("coords_backward", 2, 16), KlCase("categorical_kl", 10, True)]
+rest = [expected, backward, *gates, KlCase("categorical_kl", 10, True)]
 for case, precision in sample + [(case, case.precisions[0]) for case in rest]:
     print(row(case, precision, {chip}))
 """
@@ -124,13 +124,11 @@ def network(op, batch, components, points, widths, mirrored, likelihood, precisi
         grad = new(batch, components, points, widths[-1])
         inr_mixture.outputs_backward(grad, theta, x, *more[:5], precision)
 
-def gates(batch, points, widths, channels, encoded):
+def gates(batch, points, widths, channels):
     h, parameters = widths[0], new(widths[0] * channels + sum(o * (i + 1) for i, o in zip(widths, widths[1:])))
     given = [new(1, h, points), new(batch, h), new(batch, points, channels), parameters, widths, 0.01, False]
     log_p = gating.gating(*given, "tf32x3")
     gating.gating_backward(log_p, log_p, *given, False, "tf32x3")
-    parts = gating.coords(new(1, points, encoded), [new(h, encoded)], "tf32x3")
-    gating.coords_backward(parts, new(1, points, encoded), [new(h, encoded)], "tf32x3")
     q, kl = gating.categorical_kl(log_p, log_p, None)
     gating.categorical_kl_backward(q, kl, q, log_p, log_p)
 
@@ -148,13 +146,13 @@ def test_point_dropout_compiles_every_kernel_once(tmp_path):
         + """
 for points in (4140, 4139, 2080, 3013, 2048, 1041, 700):
     network("expected", 6, 3, points, (256, 64, 64, 1), False, ("logistic", 1 / 512, 1e-7, False))
-    gates(6, points, (32, 3), 1, 256)
+    gates(6, points, (32, 3), 1)
     flow(6, 64, 32, 6)
 print(*sorted(f"{module.split('.')[-1]}.{name}" for module, name, _ in compiled), sep="\\n")
 """
     )
     found = compiled(script, tmp_path)
-    kernels = ["coords_forward", "coords_train", "forward", "kl_forward", "kl_train", "train"]
+    kernels = ["forward", "kl_forward", "kl_train", "train"]
     assert found == [*(f"gating.{k}" for k in kernels), "inr_mixture.train", "planar_flow.train"]
 
 
@@ -164,7 +162,7 @@ def test_kernels_are_compiled_ahead_of_time_as_when_they_are_launched(tmp_path):
         + """
 for op in ("log_likelihood", "expected", "mean", "outputs", "outputs_backward"):
     network(op, 64, 10, 4096, (256, 64, 64, 64, 3), op != "outputs", ("logistic", 1 / 512, 1e-7, False))
-gates(64, 4096, (32, 32, 5), 0, 256)
+gates(64, 4096, (32, 32, 5), 0)
 flow(64, 4096, 64, 80)
 launched = {code.hash(): options for code, options in compiled.values()}
 for case in cases():
@@ -178,7 +176,7 @@ print(len(launched))
     )
     *found, unknown = compiled(script, tmp_path)
     networks = ["log_likelihood", "expected", "mean", "outputs", "outputs_backward"]
-    assert found == [*networks, "expected", "gating", "gating_backward", "coords", "coords_backward"]
+    assert found == [*networks, "expected", "gating", "gating_backward"]
     assert unknown == "2"  # kl_forward and kl_train of 5 components; the table has 10
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vamoh.kernels._plan import MOST_PARTIAL, Device
-from vamoh.kernels.gating_plan import KL_POINTS, MOST_COMPONENTS, coords_plan, kl_splits, plan, refusal
+from vamoh.kernels._plan import Device
+from vamoh.kernels.gating_plan import KL_POINTS, MOST_COMPONENTS, kl_splits, plan, refusal
 from vamoh.kernels.inr_mixture_plan import PRECISIONS
 
 H200, A100 = Device(90, 132), Device(80, 108)
@@ -43,23 +43,6 @@ def test_training_keeps_the_device_busy():
         p = plan("gating_backward", batch, points, (64, 32, 10), "tf32x3", H200)
         steps = -(-p.tiles // p.groups) * -(-batch // p.shares)
         assert p.tiles * batch >= 0.75 * steps * H200.programs(255, p.warps)
-
-
-@given(st.data())
-def test_work_of_coordinates_is_covered_once(data):
-    training = data.draw(st.booleans())
-    batch, points, inputs, hidden = (data.draw(st.integers(1, m)) for m in (70, 9000, 600, 300))
-    precision, device = data.draw(st.sampled_from(PRECISIONS)), data.draw(DEVICES)
-    p = coords_plan("coords_backward" if training else "coords", batch, points, inputs, hidden, precision, device)
-    for size in (p.outputs, p.columns, p.inputs):
-        assert size >= 16 and size & (size - 1) == 0
-    if training:
-        steps = batch * -(-points // p.inputs)
-        assert p.programs == -(-hidden // p.outputs) * -(-inputs // p.columns) * p.splits
-        assert (p.splits - 1) * -(-steps // p.splits) < steps
-        assert p.splits == 1 or p.splits * 4 * hidden * inputs <= MOST_PARTIAL * -(-hidden * inputs // 256)
-    else:
-        assert p.splits == 1 and p.programs == batch * -(-hidden // p.outputs) * -(-points // p.columns)
 
 
 def test_divergences_of_few_functions_are_split():

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tests.precision import UNIT
 from vamoh.kernels.inr_mixture_plan import PRECISIONS
-from vamoh.ops import categorical_kl, gating, gating_coords
+from vamoh.ops import categorical_kl, gating
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("vamoh.kernels.gating")
 pytestmark = pytest.mark.usefixtures("device")
 
-OPS = ("gating", "gating_coords", "categorical_kl")
+OPS = ("gating", "categorical_kl")
 SIZES = [
     (1, 1, 1, (), 1, 0),
     (1, 1, 3, (2,), 1, 1),
@@ -102,15 +102,13 @@ def test_precisions(monkeypatch, precision, device):
     monkeypatch.setenv("VAMOH_TRITON_PRECISION", precision)
     tolerance = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 5e-3, "bf16": 5e-2}[precision]
     g = torch.Generator().manual_seed(0)
-    shapes = [(20, 40), (2, 20), (30, 20), (30,), (3, 30), (3,), (40, 12), (20, 12)]
+    shapes = [(20, 40), (2, 20), (30, 20), (30,), (3, 30), (3,)]
     tensors = [torch.randn(*s, generator=g) / s[-1] ** 0.5 for s in shapes]
 
     def call(dtype: torch.dtype, where: str, backend: str) -> list[Tensor]:
-        coords, shift, w, b, v, c, x, weight = (t.to(where, dtype).requires_grad_() for t in tensors)
-        (part,) = gating_coords(x, [weight], backend=backend)
-        log_p = gating(coords + part, shift, [w, v], [b, c], slope=1.0, bounded=True, backend=backend)
-        leaves = [coords, shift, w, b, v, c, x, weight]
-        return [part, log_p, *torch.autograd.grad(log_p[:, 0].sum(), leaves)]
+        leaves = coords, shift, w, b, v, c = [t.to(where, dtype).requires_grad_() for t in tensors]
+        log_p = gating(coords, shift, [w, v], [b, c], slope=1.0, bounded=True, backend=backend)
+        return [log_p, *torch.autograd.grad(log_p[:, 0].sum(), leaves)]
 
     result, exact = call(torch.float32, device, "triton"), call(torch.float64, "cpu", "reference")
     error = max(map(distance, result, exact))
@@ -199,38 +197,6 @@ def test_no_functions_and_no_points(b, n, shared, device):
     assert not any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize(
-    ("b", "n", "e", "widths"), [(1, 1, 1, [1]), (1, 70, 40, [32, 7]), (3, 130, 3, [5]), (2, 64, 65, [70, 16])]
-)
-def test_coordinates_part(b, n, e, widths, device):
-    g = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(b, n, e, generator=g), *(torch.randn(h, e, generator=g) for h in widths)]
-    grads = [torch.randn(b, h, n, generator=g) for h in widths]
-
-    def call(dtype: torch.dtype, where: str, backend: str) -> list[Tensor]:
-        inputs = [t.to(where, dtype, copy=True).requires_grad_() for t in tensors]
-        parts = gating_coords(inputs[0], inputs[1:], backend=backend)
-        return [*parts, *torch.autograd.grad(parts, inputs, [d.to(where, dtype) for d in grads])]
-
-    exact, result = call(torch.float64, "cpu", "reference"), call(torch.float32, device, "triton")
-    assert max(map(distance, result, exact)) <= 1e-5
-    assert all(map(torch.equal, result, call(torch.float32, device, "triton")))
-
-
-def test_coordinates_part_of_odd_inputs(device):
-    encoded = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).to(device)
-    weight = torch.eye(9, device=device)[:2].requires_grad_()
-    (part,) = gating_coords(encoded, [weight], backend="triton")
-    assert torch.equal(part, encoded.T[:2])
-    assert torch.equal(gating_coords(encoded.T.contiguous().T, [weight.T.contiguous().T], backend="triton")[0], part)
-    assert gating_coords(encoded, [], backend="triton") == []
-    for empty, shape in ((encoded[:0], (2, 0)), (encoded.expand(0, -1, -1), (0, 2, 4))):
-        (part,) = gating_coords(empty, [weight], backend="triton")
-        assert part.shape == shape and not torch.autograd.grad(part.sum(), weight)[0].any()
-    (part,) = gating_coords(encoded[:, :0], [weight[:, :0]], backend="triton")
-    assert part.shape == (2, 4) and not part.any()
-
-
 def log_probabilities(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(1)
 
@@ -313,10 +279,6 @@ def test_contract_of_torch_library(channels, device):
     log_p = ops.gating(*detached, *rest, "triton")
     for by_values in (True, False)[: 1 + (channels > 0)]:
         torch.library.opcheck(ops.gating_backward, (log_p, log_p, *detached, *rest, by_values, "triton"))
-    x, w = torch.randn(2, 5, 3, device=device), [torch.randn(h, 3, device=device).requires_grad_() for h in (4, 2)]
-    torch.library.opcheck(ops.gating_coords, (x, w, "triton"))
-    w = [t.detach() for t in w]
-    torch.library.opcheck(ops.gating_coords_backward, (ops.gating_coords(x, w, "triton"), x, w, "triton"))
     logs = [log_probabilities(2, 3, 5, seed=s).float().to(device).requires_grad_() for s in (0, 1)]
     mask = torch.tensor([True, False, True, True, False], device=device).expand(2, -1)
     torch.library.opcheck(ops.categorical_kl, (*logs, mask, "triton"))
@@ -333,7 +295,7 @@ def test_networks_it_does_not_take_go_to_the_next_backend(device):
         gating(coords, shift, [], [], slope=0.1, bounded=False, backend="triton")
 
 
-@pytest.mark.parametrize("op", ["gating", "coords", "categorical_kl"])
+@pytest.mark.parametrize("op", ["gating", "categorical_kl"])
 def test_it_is_the_first_choice(monkeypatch, op, device):
     calls, whole = [], getattr(kernels, op)
     monkeypatch.setattr(kernels, op, lambda *arguments: calls.append(op) or whole(*arguments))
@@ -341,5 +303,5 @@ def test_it_is_the_first_choice(monkeypatch, op, device):
     if op == "gating":
         gating(x, torch.zeros(1, 2, device=device), [], [], slope=0.1, bounded=False)
     else:
-        gating_coords(x, [torch.zeros(2, 3, device=device)]) if op == "coords" else categorical_kl(x, x)
+        categorical_kl(x, x)
     assert calls == [op]

@@ -50,7 +50,6 @@ CASES: dict[str, tuple[list[list[int]], Callable[..., Any]]] = {
         [[B, K, packed_size(INR.widths)], [N, E], [B, K, N]],
         lambda t, f, p: ops.inr_mixture_mean(t, f, p.float().log_softmax(1), INR, KIND),
     ),
-    "gating_coords": ([[B, N, E], [H, E]], lambda x, w: ops.gating_coords(x, [w])[0]),
     "gating": (
         [[H, N], [B, H], [K, H], [K], [B, N, C], [H, C]],
         lambda x, z, w, b, y, v: ops.gating(x, z, [w], [b], y, v, slope=0.1, bounded=True),

@@ -114,7 +114,6 @@ def calls(s: Size) -> Iterator[Call]:
     layers = [draw(s.H, s.H), draw(s.K, s.H), draw(s.H), draw(s.K)]
     gated = [draw(s.H, s.N), draw(s.B, s.H), uniform(s.B, s.N, s.C), draw(s.H, s.C), *layers]
     yield Call("gating", gate, gated, (0, 1, *range(3, 8)))
-    yield Call("gating_coords", lambda e, *w: ops.gating_coords(e, w), [features, draw(s.H, 2 * s.H)], (1,))
     log_q, log_p = (draw(s.B, s.K, s.N, seed=i).log_softmax(1) for i in (0, 1))
     yield Call("categorical_kl", ops.categorical_kl, [log_q, log_p, mask], (0, 1))
 
@@ -257,7 +256,7 @@ def test_compiled_is_the_same(op: str) -> None:
             assert torch.equal(a, b)
 
 
-DECODER = {"fourier_features", "gating", "gating_coords", "linear", "inr_mixture", "inr_mixture_mean"}
+DECODER = {"fourier_features", "gating", "linear", "inr_mixture", "inr_mixture_mean"}
 
 
 @pytest.mark.filterwarnings("ignore")

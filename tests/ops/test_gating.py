@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.precision import UNIT, near
-from vamoh.ops import categorical_kl, gating, gating_coords
+from vamoh.ops import categorical_kl, gating
 
 SIZES = [
     (1, 1, 1, (), 1, 0),
@@ -196,51 +196,6 @@ def test_no_functions_and_no_points(backend, b, n, shared):
     assert not any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize(
-    ("b", "n", "e", "widths"), [(1, 1, 1, [1]), (1, 70, 256, [32, 32]), (3, 130, 3, [5]), (2, 64, 65, [7, 64, 16, 1])]
-)
-def test_coordinates_part(isas, monkeypatch, b, n, e, widths):
-    g = torch.Generator().manual_seed(0)
-    encoded = torch.randn(b, n, e, generator=g)
-    weights = [torch.randn(h, e, generator=g) for h in widths]
-    grads = [torch.randn(b, h, n, generator=g) for h in widths]
-
-    def call(dtype: torch.dtype, backend: str) -> list[Tensor]:
-        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (encoded, *weights)]
-        parts = gating_coords(inputs[0], inputs[1:], backend=backend)
-        return [*parts, *torch.autograd.grad(parts, inputs, [d.to(dtype) for d in grads])]
-
-    expected = call(torch.float64, "reference")
-    torch.testing.assert_close(expected[0], torch.einsum("he,bne->bhn", weights[0].double(), encoded.double()))
-    for isa in isas:
-        monkeypatch.setenv("VAMOH_ISA", isa)
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(call(torch.float32, "cpu"))
-            own = [i for i in range(len(expected)) if i != len(widths)]  # that of encoded is a product of torch's BLAS
-            assert all(torch.equal(results[-1][i], results[0][i]) for i in own), (isa, threads)
-            assert max(map(distance, results[-1], expected)) < 1e-5, isa
-
-
-def test_coordinates_part_of_odd_inputs(backend):
-    encoded, weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)), torch.eye(9)[:2]
-    (part,) = gating_coords(encoded, [weight], backend=backend)
-    assert torch.equal(part, encoded.T[:2])
-    assert torch.equal(gating_coords(encoded.T.contiguous().T, [weight.T.contiguous().T], backend=backend)[0], part)
-    assert gating_coords(encoded[:0], [weight], backend=backend)[0].shape == (2, 0)
-    assert gating_coords(encoded.expand(0, -1, -1), [weight], backend=backend)[0].shape == (0, 2, 4)
-    assert gating_coords(encoded, [], backend=backend) == []
-    weight.requires_grad_()
-    (empty,) = gating_coords(encoded.expand(0, -1, -1), [weight], backend=backend)
-    assert not torch.autograd.grad(empty.sum(), weight)[0].any()
-
-
-def test_gradient_of_the_coordinates_part():
-    encoded, *weights = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (2, 4), (1, 4)))
-    assert torch.autograd.gradcheck(lambda e, *w: tuple(gating_coords(e, w)), (encoded, *weights))
-
-
 def log_probabilities(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(1)
 
@@ -343,10 +298,9 @@ def test_gradient_of_the_divergence():
     assert torch.autograd.gradcheck(categorical_kl, (log_q, log_p[:, :, :1].detach().requires_grad_()))
 
 
-def step(encoded: Tensor, net: Net, first: Tensor, prior: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+def step(net: Net, prior: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     """What the bound does with the ops."""
-    coords = gating_coords(encoded, [first], backend=backend)[0]
-    log_q = gating(coords, *net[1:], slope=0.125, bounded=True, backend=backend)
+    log_q = gating(*net, slope=0.125, bounded=True, backend=backend)
     q, kl = categorical_kl(log_q, prior, mask, backend=backend)
     return q.square().sum((1, 2)) + kl
 
@@ -355,8 +309,6 @@ def step(encoded: Tensor, net: Net, first: Tensor, prior: Tensor, mask: Tensor |
 def test_contract_of_torch_library(backend):
     torch.use_deterministic_algorithms(False)
     ops = torch.ops.vamoh
-    encoded, first = torch.randn(2, 9, 3), torch.randn(4, 3, requires_grad=True)
-    torch.library.opcheck(ops.gating_coords, (encoded, [first, torch.randn(1, 3)], backend))
     for channels in (0, 2):
         net = draw(2, 9, 4, (3,), 2, channels, False).to(torch.float32)
         parameters = torch.randn(4 * channels + 3 * 5 + 2 * 4, requires_grad=True)
@@ -367,27 +319,25 @@ def test_contract_of_torch_library(backend):
     for m in (None, mask):
         torch.library.opcheck(ops.categorical_kl, (log_q, log_p, m, backend))
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    inputs = [first, log_p, *net.tensors()[1:]]
+    inputs = [log_p, *net.tensors()]
 
-    def gradients(f: Callable[..., Tensor], backend: str, encoded: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def gradients(f: Callable[..., Tensor], backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         inputs = [t.detach().requires_grad_() for t in inputs]
-        first, prior, shift, *rest = inputs
-        same = Net(net.coords, shift, rest[:2], rest[2:4], *rest[4:])
-        return torch.autograd.grad(f(encoded, same, first, prior, mask, backend).sum(), inputs)
+        prior, coords, shift, *rest = inputs
+        same = Net(coords, shift, rest[:2], rest[2:4], *rest[4:])
+        return torch.autograd.grad(f(same, prior, mask, backend).sum(), inputs)
 
-    result = gradients(compiled, backend, encoded, *inputs)
+    result = gradients(compiled, backend, *inputs)
     if backend == "reference":  # a graph may lay out plain torch's factors otherwise, and so round their sums
-        assert near(result, partial(gradients, step, backend), [encoded, *inputs], [3, 4, 3, 2 * 9])
+        assert near(result, partial(gradients, step, backend), inputs, [4, 3, 2 * 9])
     else:
-        assert all(map(torch.equal, result, gradients(step, backend, encoded, *inputs)))
+        assert all(map(torch.equal, result, gradients(step, backend, *inputs)))
 
 
 def test_there_is_no_second_derivative(backend):
     net = draw(2, 9, 4, (3,), 2, 2, False).to(torch.float32)
     log_q = log_probabilities(2, 2, 9, seed=0).float().requires_grad_()
-    weight = torch.randn(4, 3, requires_grad=True)
     for name, inputs, result in (
-        ("gating_coords", weight, gating_coords(torch.randn(5, 3), [weight], backend=backend)[0]),
         ("gating", net.shift, gating(*net, slope=0.1, bounded=False, backend=backend)),
         ("categorical_kl", log_q, categorical_kl(log_q, log_q.detach(), backend=backend)[1]),
     ):
@@ -427,21 +377,6 @@ def test_errors_name_the_argument(change, error, message):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: gating_coords(torch.zeros(3), []),
-            ValueError,
-            r"gating_coords: encoded must have shape \[N, E\] or \[B, N, E\], got \[3\]",
-        ),
-        (
-            lambda: gating_coords(torch.zeros(3, 2), [torch.zeros(4, 2), torch.zeros(4, 3)]),
-            ValueError,
-            r"gating_coords: weights\[1\] must have shape \[H, 2\], got \[4, 3\]",
-        ),
-        (
-            lambda: gating_coords(torch.zeros(3, 2).double(), [torch.zeros(3, 2).double()], backend="cpu"),
-            ValueError,
-            "gating_coords: backend 'cpu' takes dtype torch.float32, got torch.float64",
-        ),
         (
             lambda: categorical_kl(torch.zeros(2, 3), torch.zeros(2, 3, 1)),
             ValueError,

@@ -8,7 +8,6 @@ from vamoh.ops.farthest_point_sample import farthest_point_sample as farthest_po
 from vamoh.ops.fourier_features import fourier_features as fourier_features
 from vamoh.ops.gating import categorical_kl as categorical_kl
 from vamoh.ops.gating import gating as gating
-from vamoh.ops.gating import gating_coords as gating_coords
 from vamoh.ops.inr_mixture import inr_mixture as inr_mixture
 from vamoh.ops.inr_mixture import inr_mixture_expected_log_likelihood as inr_mixture_expected_log_likelihood
 from vamoh.ops.inr_mixture import inr_mixture_log_likelihood as inr_mixture_log_likelihood

@@ -179,8 +179,6 @@ class Op:
                 return (*wanted, *(None,) * (len(needed) - len(wanted)))
 
             torch.library.register_autograd(self.node.name(), backward, setup_context=setup_context)
-            if "Tensor[]" in self._schema:  # torch.autograd.Function takes no lists
-                return
             self.alone = alone = self._define(f"{self.node.name()}_forward")
 
             class Function(torch.autograd.Function):

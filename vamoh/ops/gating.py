@@ -1,8 +1,8 @@
 """The networks that say which component explains a point, and the divergence between two of them.
 
 A network is an MLP on [encoded coordinates, value, z] with LeakyReLU between its layers and a softmax over K
-components. Its first layer is split: the coordinates' part (`gating_coords`) is computed once per set of coordinates,
-z's part (`shift`) once per function. Points come last in memory: [H, N] and [K, N].
+components. Its first layer is split: the coordinates' part (`coords`) is computed once per set of coordinates, z's part
+(`shift`) once per function. Points come last in memory: [H, N] and [K, N].
 """
 
 from __future__ import annotations
@@ -27,31 +27,6 @@ class Gate(NamedTuple):
     widths: tuple[int, ...]
     slope: float
     bounded: bool
-
-
-@float32_under_autocast
-def gating_coords(
-    encoded: Tensor, weights: Sequence[Tensor], *, twice: bool = False, backend: str | None = None
-) -> list[Tensor]:
-    """What the coordinates add to the first layers of networks: weights[i] · encoded, [H, N] or [B, H, N] for each.
-
-    encoded [N, E] or [B, N, E] and weights [H, E] (H of each network), float32 or float64 of one dtype and device;
-    differentiable once, or `twice` by plain torch. Networks that are given together share the reading of `encoded`.
-    Raises TypeError or ValueError naming the argument.
-    """
-    where = "gating_coords"
-    if not isinstance(encoded, Tensor) or encoded.dim() not in (2, 3):
-        got = list(encoded.shape) if isinstance(encoded, Tensor) else type(encoded).__name__
-        raise ValueError(f"{where}: encoded must have shape [N, E] or [B, N, E], got {got}")
-    check_tensor(where, "encoded", encoded, [None] * encoded.dim(), dtypes=FLOATING)
-    for i, weight in enumerate(weights):
-        check_tensor(where, f"weights[{i}]", weight, ["H", encoded.shape[-1]], like=encoded)
-    if twice:
-        require_reference(where, "second derivatives", backend)
-        return [weight @ encoded.mT for weight in weights]
-    batched = encoded if encoded.dim() == 3 else encoded[None]
-    parts: list[Tensor] = _gating_coords(batched, list(weights), backend=backend)
-    return parts if encoded.dim() == 3 else [part.squeeze(0) for part in parts]
 
 
 @float32_under_autocast
@@ -130,77 +105,6 @@ def categorical_kl(
     observed = None if mask is None else mask.expand(batch, -1)
     q, kl = _categorical_kl(log_q, log_p.expand_as(log_q), observed, backend=backend)
     return q, kl
-
-
-def _coords_reference(encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [w @ encoded.mT for w in weights]
-
-
-def _empty_coords(encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [encoded.new_empty(encoded.shape[0], w.shape[0], encoded.shape[1]) for w in weights]
-
-
-_gating_coords = Op("gating_coords(Tensor encoded, Tensor[] weights) -> Tensor[]", _coords_reference, _empty_coords)
-
-
-@_gating_coords.backend("triton")
-def _(encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return triton_kernels("gating").coords(encoded, weights, triton_precision())  # type: ignore[no-any-return]
-
-
-@_gating_coords.backend("cpu")
-def _(call: Any, encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    parts = _empty_coords(encoded, weights)
-    call("gating_coords", weights=list(weights), parts=parts, **_coords_sizes(encoded, weights))
-    return parts
-
-
-def _coords_backward_reference(grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [(grad @ encoded).sum(0) for grad in grads]
-
-
-def _empty_coords_grads(grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [w.new_empty(w.shape) for w in weights]
-
-
-_gating_coords_backward = _gating_coords.derivative(
-    "gating_coords_backward(Tensor[] grads, Tensor encoded, Tensor[] weights) -> Tensor[]",
-    _coords_backward_reference,
-    _empty_coords_grads,
-)
-
-
-@_gating_coords_backward.backend("triton")
-def _(grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    kernels = triton_kernels("gating")
-    return kernels.coords_backward(grads, encoded, weights, triton_precision())  # type: ignore[no-any-return]
-
-
-@_gating_coords_backward.backend("cpu")
-def _(call: Any, grads: Sequence[Tensor], encoded: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    found = _empty_coords_grads(grads, encoded, weights)
-    call("gating_coords_backward", grads=list(grads), grad_weights=found, **_coords_sizes(encoded, weights))
-    return found
-
-
-def _coords_sizes(encoded: Tensor, weights: Sequence[Tensor]) -> dict[str, Any]:
-    batch, count, inputs = encoded.shape
-    hidden = tuple(w.shape[0] for w in weights)
-    return {"encoded": encoded, "hidden": hidden, "batch": batch, "count": count, "inputs": inputs}
-
-
-@_gating_coords.gradient(saves=lambda encoded, weights, out: (encoded, *weights))
-def _(saved: Saved, grads: list[Tensor]) -> tuple[Any, ...]:
-    encoded, *weights = saved.values
-    zero = encoded.new_zeros(())
-    grads = [
-        zero.expand(encoded.shape[0], w.shape[0], encoded.shape[1]) if grad is None else grad
-        for w, grad in zip(weights, grads, strict=True)
-    ]
-    by_encoded = None
-    if saved.needed[0]:
-        by_encoded = sum(grad.mT @ weight for grad, weight in zip(grads, weights, strict=True))
-    return by_encoded, _gating_coords_backward(grads, encoded, weights, backend=saved.backend)
 
 
 def _split(parameters: Tensor, widths: Sequence[int], channels: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -25,12 +25,9 @@ struct Array {
 
 bool network(vamoh::Isa isa, int threads, int64_t n, std::vector<int64_t> widths, int64_t channels, bool shared,
              bool bounded) {
-  const int64_t batch = 3, hidden = widths[0], components = widths.back(), inputs = n % 2 ? 5 : 64;
+  const int64_t batch = 3, hidden = widths[0], components = widths.back();
   const int64_t sets = shared ? 1 : batch;
-  const Array encoded(sets * n * inputs, -0.5f, 0.1f), first(hidden * inputs, 0.3f, -0.05f);
-  const Array other(2 * inputs, 0.3f, -0.05f), coords(sets * hidden * n), rest(sets * 2 * n);
-  vamoh::gating_coords(encoded.get(), {first.get(), other.get()}, {coords.get(), rest.get()}, {hidden, 2}, sets, n,
-                       inputs, threads, isa);
+  const Array coords(sets * hidden * n, -0.5f, 0.1f);
   const Array shift(batch * hidden, -0.4f, 0.06f), values(batch * n * channels, 0, 0.06f);
   int64_t count = hidden * channels;
   for (size_t l = 0; l + 1 < widths.size(); ++l) count += widths[l + 1] * (widths[l] + 1);
@@ -45,11 +42,8 @@ bool network(vamoh::Isa isa, int threads, int64_t n, std::vector<int64_t> widths
       net, log_p.get(), grad.get(),
       {grad_coords.get(), grad_shift.get(), channels ? grad_values.get() : nullptr, grad_parameters.get()}, threads,
       isa);
-  const Array grad_first(first.size), grad_other(other.size);
-  vamoh::gating_coords_backward(encoded.get(), {grad_coords.get(), rest.get()}, {grad_first.get(), grad_other.get()},
-                                {hidden, 2}, sets, n, inputs, threads, isa);
   return log_p.finite() && grad_coords.finite() && grad_shift.finite() && grad_values.finite() &&
-         grad_parameters.finite() && grad_first.finite() && grad_other.finite();
+         grad_parameters.finite();
 }
 
 bool divergence(vamoh::Isa isa, int threads, int64_t n, bool uniform) {
