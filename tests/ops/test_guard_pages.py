@@ -38,6 +38,7 @@ from vamoh.ops import _native
 from vamoh.ops._native import native, native_unavailable
 from vamoh.ops._op import OPS
 
+ROOT = Path(__file__).parents[2]
 EDGES = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 PER_SIZE = 8
 """Most cases of each size."""
@@ -222,7 +223,7 @@ def run(count: int, seed: int, library: Path, plant: str = "", module: str = "")
     ends: Counter[str] = Counter()
     wrong: list[str] = []
     first = 0
-    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     while first < count:
         command = [sys.executable, "-W", "ignore", __file__, "serve", count, seed, first, plant, module]
         done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
