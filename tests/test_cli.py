@@ -488,6 +488,25 @@ def test_help_in_the_c_locale() -> None:
     assert done.returncode == 0 and not done.stderr and b"vamoh train digits" in done.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+@pytest.mark.parametrize("command", ["info", "--help"])
+def test_output_that_nobody_reads(command: str) -> None:
+    """The reader has gone: no word, and the status of a tool that SIGPIPE ends."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "vamoh", command], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk")
+def test_output_that_finds_no_space() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "vamoh", "info"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert re.fullmatch(rb"vamoh: error: [^\n]*No space left on device\)?\n", done.stderr), done.stderr
+
+
 def test_many_samples_are_drawn_in_batches(
     image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,24 @@ COMMON = ("--out", "--device", "--seed", "--resume")
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (default: the process's own) and return the exit status.
 
-    0: done. 1: training diverged. 2: bad input, reported as one line on stderr. 128 + n: stopped by signal n.
+    0: done. 1: training diverged. 2: bad input, reported as one line on stderr. 128 + n: stopped by signal n, of which
+    SIGPIPE stands for a reader of the output that has gone, as in `vamoh info | head -1`.
     """
+    try:
+        status = _main(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _forget_output()
+        return 128 + 13
+    except OSError as error:
+        _forget_output()
+        print(f"vamoh: error: cannot write the output ({error.strerror})", file=sys.stderr)
+        return 2
+
+
+def _main(args: Sequence[str] | None) -> int:
     _print_anything()
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given or os.environ.get("VAMOH_DEBUG", "") not in ("", "0")
@@ -78,6 +94,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run(name, options)
     except SystemExit as stop:  # from tyro, after --help
         return stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         print("vamoh: interrupted", file=sys.stderr)
         return 130
@@ -113,6 +131,14 @@ def _explained(command: str) -> Iterator[None]:
         elif hint.startswith("Available subcommands"):
             reason += f"; {hint.lower()}"
         raise ValueError(f"{reason}; see {command} --help") from None
+
+
+def _forget_output() -> None:
+    """Let what is left in the buffer go nowhere when the process ends, where Python would complain of it again."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _print_anything() -> None:
