@@ -27,8 +27,9 @@ from bench.timing import time_limit
 from vamoh import PointSet, VaMoH, grid_coords, sphere_grid
 from vamoh.checkpoint import new_model
 from vamoh.config import PRESETS, Config
+from vamoh.geometry import Neighborhoods
 from vamoh.layout import packed_size
-from vamoh.model import Neighborhoods, Noise
+from vamoh.model import Noise
 from vamoh.ops import CounterNoise
 from vamoh.ops._noise import counter_noise_reference
 from vamoh.points import grid_shape, sphere_grid_shape

@@ -16,9 +16,11 @@ from bench import counts
 from bench.cases import BATCH, CHANNELS, NAMES, SHAPE, config, coordinates, sizes, symmetric
 from bench.counts import Count, Sizes
 from vamoh import ops
+from vamoh._cache import ContentCache
 from vamoh.config import ModelConfig
 from vamoh.encoding import FourierFeatures
 from vamoh.gating import Gating
+from vamoh.geometry import find_mirror, measure
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior
 from vamoh.layout import packed_size
@@ -81,14 +83,13 @@ class Preset:
         return FourierFeatures(dims, self.sizes.inr[0] // 2, self.model.frequency_scale, False)
 
     def encoded(self) -> tuple[Tensor, Tensor | None]:
-        """Features [N, E] and which points are opposite ones, as the model finds them."""
+        """Features [N, E] and the mirror, as the model finds them."""
         encoding, coords = self.encoding(), self.coords()
-        return encoding(coords), encoding.mirror(coords)
+        return encoding(coords), find_mirror(coords, encoding, ContentCache())
 
     def metric(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Places of the first points and the table of their distances, None where they lie on no lattice."""
-        coords = self.coords()[:count]
-        return self.encoding().metric(coords, None, count * count)
+        """Cells of the first points and the table of their distances, None where they lie on no lattice."""
+        return measure(self.coords()[:count], self.encoding(), True, ContentCache(), count * count)
 
     def values(self) -> Tensor:
         """Values [B, N, C] in [0, 1]."""
@@ -131,14 +132,14 @@ def _farthest_point_sample(p: Preset) -> Iterator[OpCase]:
 
     count = counts.farthest_point_sample(1, stage.points, encoded, stage.centroids)
     yield OpCase(p.name, "farthest_point_sample", build, count)
-    places, table = p.metric(stage.points)
+    cells, table = p.metric(stage.points)
     if table is None:
         return
     count = counts.farthest_point_sample_by_table(1, stage.points, len(table), stage.centroids)
 
     def by_table() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        places, table = p.metric(stage.points)
-        return lambda: ops.farthest_point_sample(places, stage.centroids, table=table), ()
+        cells, table = p.metric(stage.points)
+        return lambda: ops.farthest_point_sample(cells, stage.centroids, table=table), ()
 
     yield OpCase(p.name, "farthest_point_sample_by_table", by_table, count)
 
@@ -152,14 +153,14 @@ def _knn(p: Preset) -> Iterator[OpCase]:
         return lambda: ops.knn(features, queries, stage.neighbors), ()
 
     yield OpCase(p.name, "knn", build, counts.knn(1, stage.points, stage.centroids, p.sizes.inr[0], stage.neighbors))
-    places, table = p.metric(stage.points)
+    cells, table = p.metric(stage.points)
     if table is None:
         return
 
     def by_table() -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
-        places, table = p.metric(stage.points)
-        queries = places[: stage.centroids].contiguous()
-        return lambda: ops.knn(places, queries, stage.neighbors, table=table), ()
+        cells, table = p.metric(stage.points)
+        queries = cells[: stage.centroids].contiguous()
+        return lambda: ops.knn(cells, queries, stage.neighbors, table=table), ()
 
     count = counts.knn_by_table(1, stage.points, stage.centroids, len(table), stage.neighbors)
     yield OpCase(p.name, "knn_by_table", by_table, count)

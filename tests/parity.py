@@ -20,10 +20,11 @@ from vamoh import PointSet, VaMoH
 from vamoh.compat.config import LIKELIHOODS
 from vamoh.compat.state import from_reference, translate
 from vamoh.elbo import ElboTerms
-from vamoh.encoder import SLOPE, Neighborhood
+from vamoh.encoder import SLOPE
 from vamoh.generator import Reconstruction
+from vamoh.geometry import Neighborhood, Neighborhoods
 from vamoh.latent import Posterior
-from vamoh.model import Neighborhoods, Noise
+from vamoh.model import Noise
 from vamoh.ops.inr_mixture import inr_mixture
 from vamoh.ops.likelihood import log_likelihood
 from vamoh.ops.planar_flow import planar_flow_inverse_reference, planar_flow_sample

@@ -22,7 +22,8 @@ DOCS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md
 
 HELPERS = {"_version", "_checks", "_cache", "_files", "_initial", "_lock", "_options", "_progress", "_shown"}
 ROOMS = (
-    "points", "layout", "encoding", "encoder", "latent", "hypernet", "gating", "likelihood", "generator", "elbo",
+    "points", "layout", "encoding", "geometry", "encoder", "latent", "hypernet", "gating", "likelihood", "generator",
+    "elbo",
 )  # fmt: skip
 
 # What a part of the package may import of it, besides itself and the helpers.
@@ -54,7 +55,7 @@ KNOWS: dict[str, set[str]] = {
     "train": {"checkpoint", "config", "data", "distributed", "interrupts", "model", "resume", "runlog", "trainer"},
     "export": {"gating", "model", "ops", "points"},
     "evaluate": {"data", "masks", "metrics", "model", "points"},
-    "compat": {"checkpoint", "config", "encoder", "gating", "generator", "latent", "model", "points"},
+    "compat": {"checkpoint", "config", "encoder", "gating", "generator", "geometry", "latent", "model", "points"},
     "arguments": {"config"},
     "cli": {"arguments", "commands", "compat", "config"},
     "__main__": {"cli"},

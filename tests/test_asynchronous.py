@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.tiny import SIZES
+from vamoh import geometry as geometry_module
 from vamoh import points as points_module
 from vamoh._checks import skip_value_checks, values_readable
 from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -95,7 +96,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
         finally:
             mode.uploading = False
 
-    for name in ("points", "encoding", "model"):
+    for name in ("points", "geometry", "model"):
         monkeypatch.setattr(f"vamoh.{name}.upload", unblocked)
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *a, **k: None)
     with Written(), mode:
@@ -269,19 +270,25 @@ def test_trust_ends_where_it_should() -> None:
         neighbor_mean(x, neighbors)
 
 
-def test_what_is_known_of_points_goes_with_them() -> None:
+def test_what_is_read_of_points_is_known_of_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     coords, values = torch.rand(5, 2), torch.rand(3, 5, 1)
     mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 1], [1, 1, 0, 1, 1]]).bool()
     points = PointSet(coords, values, mask).compact()
-    assert points.count == 4 and points.compact() is points
-    assert points.observed() == (2, 4)
+    assert (points.count, points.observed()) == (4, (2, 4))
     assert points.value_range() == (0.0, float(values[:, [0, 1, 3, 4]][mask[:, [0, 1, 3, 4]]].max()))
-    there = points.to("meta")
-    assert there.compact() is there
-    assert (there.observed(), there.value_range()) == (points.observed(), points.value_range())
-    points.values[0, 0] = 2.0
-    points.mask[1] = True
-    assert (points.observed(), points.value_range()[1]) == ((3, 4), 2.0)
+    model = Trainer(CONFIG, dataset(), device="meta").model
+    with pretend(monkeypatch):
+        there = model.prepare(points)
+        assert model._compact(there) is there
+        model._check_values(there)
+        with pytest.raises(ValueError, match="at least 6 observed points per function .*, got 2"):
+            model.neighborhoods(there)
+        there.values.add_(1)
+        with pytest.raises(Waits):
+            model._check_values(there)
+        there.mask.logical_not_()
+        with pytest.raises(Waits):
+            model._compact(there)
     assert points.with_mask(None).compact().mask is None
     assert PointSet(coords[:0], values[:, :0]).value_range() == (0.0, 0.0)
 
@@ -321,19 +328,25 @@ def test_the_search_lies_beside_the_step_before(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: recorded.append(self))
-    search = trainer.model.encoder.neighborhoods
-    monkeypatch.setattr(trainer.model.encoder, "neighborhoods", lambda *a: (log.append("search"), search(*a))[1])
+    search = geometry_module.find_neighbors
+    monkeypatch.setattr(geometry_module, "find_neighbors", lambda *a: (log.append("search"), search(*a))[1])
     with pretend(monkeypatch):
         for again in (False, True):
             del log[:], recorded[:]
             points = trainer._place(trainer._drop_points(trainer.dataset.batch(trainer._batch_indices())))
-            hoods = trainer.model.neighborhoods(points)
+            place = trainer.model.geometry(points)
             known = again and mask != "each"  # the same points of a grid
             search_here = [] if known else ["search"]
             before = ["beside waits for main"] if learned else []
             assert log == [*before, "on beside", *search_here, "on main", "main waits for beside"]
-            mirror = trainer.model.encoding.mirror(points.coords)
-            features = None if learned else trainer.model.encoding.cached(points.coords)
-            used = [points.coords, points.values, points.mask, mirror, features, *(i for hood in hoods for i in hood)]
+            hoods = [index for hood in place.neighborhoods for index in hood]
+            used = [
+                points.coords,
+                points.values,
+                points.mask,
+                place.mirror,
+                None if learned else place.features,
+                *hoods,
+            ]
             assert {id(t) for t in recorded} == {id(t) for t in used if t is not None}
             trainer.steps_done += 1

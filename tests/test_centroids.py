@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vamoh import PointSet, VaMoH, checkpoint, grid_coords, sphere_grid
 from vamoh.config import Config, ModelConfig
-from vamoh.model import site_neighbors_in_graph
+from vamoh.geometry import neighborhoods_in_graph
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 
 SIZES: dict[str, Any] = {
@@ -280,15 +280,18 @@ def test_sphere():
 @pytest.mark.parametrize("metric", ["raw", "encoded"])
 def test_search_in_a_graph_is_the_models_own(metric):
     model = build(neighbor_metric=metric)
-    sites, frequencies = model.encoder.fixed.sites, model.encoding.frequencies if metric == "encoded" else None
+    sites, frequencies = model.encoder.fixed.where(), model.encoding.frequencies if metric == "encoded" else None
     for coords in (GRID, draw(30, 2), draw(2, 30, 2)):
         points = PointSet(coords, torch.zeros(2, coords.shape[-2], 1, dtype=torch.float64))
         batched = coords if coords.dim() == 3 else coords[None]
-        found = site_neighbors_in_graph(batched, sites, frequencies)
+        arguments = (batched, frequencies, [14, 5, 6, 4], True, sites.coords, sites.members)
+        (found,) = neighborhoods_in_graph(*arguments)
         assert torch.equal(found, model.neighborhoods(points)[0].neighbors)
-        torch.library.opcheck(site_neighbors_in_graph, (batched, sites, frequencies))
+        torch.library.opcheck(neighborhoods_in_graph, arguments)
     with FakeTensorMode():
-        assert site_neighbors_in_graph(torch.empty(3, 9, 2), torch.empty(5, 4, 2), None).shape == (3, 5, 4)
+        members = torch.zeros(5, 4, dtype=torch.int64)
+        (found,) = neighborhoods_in_graph(torch.empty(3, 9, 2), None, [5, 4], True, torch.empty(7, 2), members)
+        assert found.shape == (3, 5, 4)
 
 
 def test_compiled_elbo():

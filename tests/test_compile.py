@@ -11,7 +11,8 @@ import torch._inductor.config
 from torch import Tensor
 
 from vamoh import PointSet, VaMoH, grid_coords
-from vamoh.model import Noise, neighborhoods_in_graph
+from vamoh.geometry import neighborhoods_in_graph
+from vamoh.model import Noise
 from vamoh.ops import CounterNoise
 
 SIZES: dict[str, Any] = {
@@ -123,9 +124,10 @@ def test_search_in_a_graph_is_the_models_own():
             hoods = model.neighborhoods(PointSet(coords, torch.zeros(2, coords.shape[-2], 1)))
             frequencies = model.encoding.frequencies if metric == "encoded" else None
             batched = coords if coords.dim() == 3 else coords[None]
-            found = neighborhoods_in_graph(batched, frequencies, [12, 5, 5, 4], True)
+            arguments = (batched, frequencies, [12, 5, 5, 4], True, None, None)
+            found = neighborhoods_in_graph(*arguments)
             assert all(torch.equal(a, b) for a, b in zip(found, (i for h in hoods for i in h), strict=True))
-            torch.library.opcheck(neighborhoods_in_graph, (batched, frequencies, [12, 5, 5, 4], True))
+            torch.library.opcheck(neighborhoods_in_graph, arguments)
 
 
 @pytest.mark.slow

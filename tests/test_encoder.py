@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vamoh.encoder import Encoder, Neighborhood, PointConvLayer, Stage, check_neighborhoods
+from vamoh.encoder import Encoder, PointConvLayer, check_neighborhoods
+from vamoh.geometry import Neighborhood, Search, Stage, stage_neighborhoods
 from vamoh.model import VaMoH
 from vamoh.points import PointSet
 
@@ -50,14 +51,14 @@ def loops(encoder: Encoder, values: np.ndarray, encoded: np.ndarray, hoods: Any,
 @pytest.mark.parametrize("slope", [None, 0.2])
 def test_matches_loops(slope):
     encoder, values, encoded = build(slope=slope), draw(2, 20, 2), draw(1, 20, 6)
-    hoods = encoder.neighborhoods(encoded, None)
+    hoods = stage_neighborhoods(encoder.stages, encoded, None)
     expected = np.stack([loops(encoder, v.numpy(), encoded[0].numpy(), hoods, slope) for v in values])
     torch.testing.assert_close(encoder(values, encoded, hoods).detach(), torch.from_numpy(expected))
 
 
 def test_without_gradients_the_weights_of_the_moment_count():
     encoder, values, encoded = build(), draw(2, 20, 2), draw(1, 20, 6)
-    hoods = encoder.neighborhoods(encoded, None)
+    hoods = stage_neighborhoods(encoder.stages, encoded, None)
     for layer in (encoder.convs[0].weight_net[0], encoder.convs[1].weight_net[1]):
         for parameter in (layer.weight, layer.bias):
             with torch.no_grad():
@@ -70,7 +71,7 @@ def test_without_gradients_the_weights_of_the_moment_count():
 def test_gradients():
     encoder = Encoder(2, 1, 1, [Stage(3, 2, 2), Stage(2, 2, 2)], (2,), 0.2, True).double()
     values, encoded = draw(2, 5, 1).requires_grad_(), draw(1, 5, 2, seed=1).requires_grad_()
-    hoods = encoder.neighborhoods(encoded, None)
+    hoods = stage_neighborhoods(encoder.stages, encoded, None)
     assert torch.autograd.gradcheck(
         lambda v, e, *_: encoder(v, e, hoods), (values, encoded, *encoder.parameters()), atol=1e-6
     )
@@ -78,7 +79,7 @@ def test_gradients():
 
 def test_neighborhoods_are_spread_centroids_and_nearest_points():
     encoder, metric = build(), draw(1, 30, 2)
-    hoods = encoder.neighborhoods(metric, None)
+    hoods = stage_neighborhoods(encoder.stages, metric, None)
     points = metric[0]
     for stage, (centroids, neighbors) in zip(STAGES, hoods, strict=True):
         assert centroids.shape == (1, stage.centroids) and neighbors.shape == (1, stage.centroids, stage.neighbors)
@@ -99,13 +100,12 @@ def test_masked_items_see_only_their_points():
     mask = torch.ones(3, 12, dtype=torch.bool)
     mask[1, 3:9] = False  # 6 points
     mask[2, 2:10] = False  # 4 points
-    assert encoder.min_points == 4
-    hoods = encoder.neighborhoods(metric, mask)
+    hoods = stage_neighborhoods(encoder.stages, metric, mask)
     assert hoods[0].centroids.shape == (3, 8) and (hoods[0].centroids[2] == -1).sum() == 4
     result = encoder(values, metric, hoods)
     for b in range(3):
         own = mask[b].nonzero()[:, 0]
-        alone = encoder.neighborhoods(metric[:, own], None)
+        alone = stage_neighborhoods(encoder.stages, metric[:, own], None)
         torch.testing.assert_close(encoder(values[b : b + 1, own], metric[:, own], alone)[0], result[b])
         for i, (one, many) in enumerate(zip(alone, hoods, strict=True)):
             m = one.centroids.shape[1]
@@ -115,19 +115,20 @@ def test_masked_items_see_only_their_points():
 
 
 def test_too_few_points():
-    encoder, mask = build(), torch.ones(2, 9, dtype=torch.bool)
+    model = VaMoH(coord_dim=2, channels=1, encoder_centroids=(8, 4), encoder_neighbors=(4, 3), encoder_channels=(3, 5))
+    coords, values, mask = torch.rand(9, 2), torch.rand(2, 9, 1), torch.ones(2, 9, dtype=torch.bool)
     mask[1, 3:] = False
     with pytest.raises(ValueError, match="^encoder: points must have at least 4 observed points per function .* got 3"):
-        encoder.neighborhoods(draw(1, 9, 6), mask)
+        model.encode(PointSet(coords, values, mask))
     with pytest.raises(ValueError, match="at least 4 .* got 3"):
-        encoder.neighborhoods(draw(1, 3, 6), None)
+        model.encode(PointSet(coords[:3], values[:, :3]))
 
 
 def test_the_fewest_points_cover_neighbors_and_the_head():
-    assert build([Stage(8, 7, 3), Stage(2, 2, 3)]).min_points == 7
-    assert build([Stage(8, 2, 3), Stage(6, 2, 3)]).min_points == 6
+    assert Search([Stage(8, 7, 3), Stage(2, 2, 3)], True, True).min_points == 7
+    assert Search([Stage(8, 2, 3), Stage(6, 2, 3)], True, True).min_points == 6
     encoder = build([Stage(8, 2, 3), Stage(6, 2, 3)])
-    encoder(draw(1, 6, 2), draw(1, 6, 6), encoder.neighborhoods(draw(1, 6, 6), None))
+    encoder(draw(1, 6, 2), draw(1, 6, 6), stage_neighborhoods(encoder.stages, draw(1, 6, 6), None))
 
 
 def test_published_initialisation_is_that_of_linear_layers():
@@ -150,9 +151,9 @@ def test_stable_layers_keep_the_scale_of_features(neighbors, width):
     encoded = torch.cat([phase.cos(), phase.sin()], 1)[None]
     values = torch.rand(8, 40, 3, dtype=torch.float64)
     with torch.no_grad():
-        for out in encoder.stage_outputs(values, encoded, encoder.neighborhoods(encoded, None)):
+        for out in encoder.stage_outputs(values, encoded, stage_neighborhoods(encoder.stages, encoded, None)):
             assert 0.1 < float(out.square().mean().sqrt()) < 10
-        logits = encoder(values, encoded, encoder.neighborhoods(encoded, None))
+        logits = encoder(values, encoded, stage_neighborhoods(encoder.stages, encoded, None))
     assert (logits[:, 5:] == -3).all() and logits[:, :5].std() > 0.05
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vamoh import PointSet, VaMoH, generator, grid_coords
-from vamoh.encoder import Neighborhood
 from vamoh.gating import uniform
+from vamoh.geometry import Neighborhood
 from vamoh.latent import NormalPrior
 from vamoh.model import Noise
 from vamoh.ops import CounterNoise, inr_mixture, inr_mixture_mean
@@ -237,7 +237,7 @@ def test_proper_iwae_is_a_probability():
     coords = torch.rand(5, 2, dtype=torch.float64, generator=seeded())
     z = torch.randn(1, 3, dtype=torch.float64, generator=seeded(1))
     zeros = torch.zeros(256, 3, dtype=torch.float64)
-    model._encode = lambda points, hoods: (FixedPosterior(z, zeros), model.encoding(points.coords))
+    model._posterior = lambda points, place: FixedPosterior(z, zeros)
     whole = model.iwae(PointSet(coords, values), samples=1, proper=True)
     others = model.iwae(PointSet(coords[1:], values[:1, 1:]), samples=1, proper=True)
     assert float(whole.logsumexp(0)) == pytest.approx(float(others), abs=1e-9)
@@ -439,8 +439,12 @@ def test_a_batch_equals_its_items():
 
 
 def count_searches(model: VaMoH) -> list[int]:
-    calls, search = [], model.encoder.neighborhoods
-    model.encoder.neighborhoods = lambda *a: (calls.append(1), search(*a))[1]
+    calls, get = [], model._cache.get
+
+    def counted(key: Any, compute: Any, kind: str = "") -> Any:
+        return get(key, lambda: (kind == "neighbors" and calls.append(1), compute())[1], kind)
+
+    model._cache.get = counted
     return calls
 
 

@@ -10,15 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import vamoh.points as module
 from vamoh.points import (
     PointSet,
-    antipodes,
     collate,
     domain,
     grid_coords,
     grid_shape,
-    lattice,
     observed_coords,
     sphere_coords,
     sphere_grid,
@@ -227,104 +224,6 @@ def test_sphere():
 def test_a_finer_sphere_keeps_the_rows_and_columns(scale):
     fine = sphere_grid((5, 6), scale=scale, dtype=torch.float64).reshape(*sphere_grid_shape((5, 6), scale), 3)
     torch.testing.assert_close(fine[::scale, ::scale].reshape(-1, 3), sphere_grid((5, 6), dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    "coords",
-    [
-        grid_coords((4, 4)),
-        grid_coords((5, 7)),
-        grid_coords((3, 4, 5)),
-        sphere_grid((5, 8)),
-        sphere_grid((46, 90)),
-        torch.zeros(1, 2),
-        torch.zeros(0, 2),
-    ],
-    ids=lambda c: str(tuple(c.shape)),
-)
-def test_antipodes_of_symmetric_points(coords):
-    coords = coords - (coords.amin(0) + coords.amax(0)) / 2 if coords.shape[1] == 3 and len(coords) == 60 else coords
-    shuffled = coords[torch.randperm(len(coords), generator=torch.Generator().manual_seed(0))]
-    for x in (coords, shuffled):
-        mirror = antipodes(x)
-        if len(coords) == 35:  # taller than wide: the columns are not centred
-            assert mirror is None
-            continue
-        assert mirror is not None
-        paired = mirror >= 0
-        assert paired.double().mean() >= 7 / 8 or not len(x)
-        assert torch.equal(mirror[mirror[paired]], torch.arange(len(x))[paired])
-        assert (x[mirror[paired]] + x[paired]).abs().max() <= 3e-7 if len(x) else True
-
-
-def test_antipodes_of_points_that_have_few():
-    g = torch.Generator().manual_seed(0)
-    cloud = torch.randn(50, 3, generator=g)
-    assert antipodes(cloud) is None
-    most = torch.cat([cloud, -cloud.flip(0), torch.randn(10, 3, generator=g)])
-    mirror = antipodes(most)
-    assert mirror is not None and mirror.tolist() == [*range(99, -1, -1), *[-1] * 10]
-
-
-def test_antipodes_of_a_grid_in_parts(monkeypatch):
-    coords = grid_coords((5, 5))
-    whole = antipodes(coords)
-    for chunk in (1, 7, 24):
-        monkeypatch.setattr(module, "_CHUNK", chunk)
-        assert torch.equal(antipodes(coords), whole)
-    assert torch.equal(whole, torch.arange(24, -1, -1))
-
-
-def test_antipodes_of_repeated_points():
-    coords = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, -2.0], [0.0, 0.0], [-1.0, -2.0]])
-    mirror = antipodes(coords)
-    assert mirror is not None and mirror.tolist() == [2, 4, 0, 3, 1]
-
-
-@pytest.mark.parametrize("shape", [(7,), (28, 28), (5, 9), (4, 1, 6), (32, 32, 32)])
-def test_lattice_of_a_grid_and_of_some_of_its_points(shape):
-    coords = grid_coords(shape)
-    found = lattice(coords)
-    assert found.sizes == shape
-    cells = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
-    assert torch.equal(found.cells, cells)
-    some = torch.randperm(len(coords), generator=torch.Generator().manual_seed(0))[: max(len(coords) // 2, 5)]
-    part = lattice(coords[some])
-    moved = cells[some] - cells[some].amin(0)
-    assert torch.equal(part.cells, moved)
-    assert part.sizes == tuple((moved.amax(0) + 1).tolist())
-
-
-def test_places_number_displacements():
-    found = lattice(grid_coords((4, 3, 2)))
-    assert found.displacements == 7 * 5 * 3
-    place, middle = found.places()[:, 0], found.displacements // 2
-    assert int(place.min()) == 0 and int(place.max()) == middle
-    table = torch.stack(
-        torch.meshgrid(torch.arange(-3, 4), torch.arange(-2, 3), torch.arange(-1, 2), indexing="ij"), -1
-    ).reshape(-1, 3)
-    numbers = middle + place[:, None] - place
-    assert torch.equal(table[numbers], found.cells[:, None] - found.cells)
-
-
-def test_lattice_of_batches_steps_and_other_axes():
-    coords = torch.tensor([[[0.5, 3.0], [1.5, 3.0]], [[3.5, 3.0], [0.5, 3.0]]])
-    found = lattice(coords)
-    assert found.sizes == (4, 1) and found.step.tolist() == [1, 1]
-    assert found.cells.tolist() == [[[0, 0], [1, 0]], [[3, 0], [0, 0]]]
-    assert lattice(coords[0, :1]).sizes == (1, 1)
-
-
-def test_no_lattice():
-    generator = torch.Generator().manual_seed(0)
-    assert lattice(torch.randn(50, 2, generator=generator)) is None
-    assert lattice(sphere_grid((10, 20))) is None
-    assert lattice(torch.zeros(0, 2)) is None
-    assert lattice(torch.arange(5000.0)[:, None]) is None
-    assert lattice(torch.arange(4096.0)[:, None]).sizes == (4096,)
-    coords = grid_coords((28, 28))
-    coords[100, 1] += 1e-4
-    assert lattice(coords) is None
 
 
 def test_collate():

@@ -14,7 +14,7 @@ _Known = tuple[Tensor | None, int | None]
 
 
 class ContentCache(Generic[Result]):
-    """Remembers the results of the last `size` distinct keys; a key is a sequence of tensors.
+    """Remembers the results of the last `size` distinct keys of every kind; a key is a sequence of tensors.
 
     Tensors in host memory are compared by value. Reading those of a GPU would synchronise: there only the very
     same tensor matches, unless it was written to since. Writing through `.data` is not noticed.
@@ -22,25 +22,32 @@ class ContentCache(Generic[Result]):
 
     def __init__(self, size: int = 4) -> None:
         self._size = size
-        self._entries: list[tuple[tuple[_Known, ...], Result]] = []
+        self._entries: dict[str, list[tuple[tuple[_Known, ...], Result]]] = {}
 
-    def get(self, key: Sequence[Tensor | None], compute: Callable[[], Result]) -> Result:
-        """Return the remembered result for `key`, or compute and remember it."""
-        for i, (known, result) in enumerate(self._entries):
+    def get(self, key: Sequence[Tensor | None], compute: Callable[[], Result], kind: str = "") -> Result:
+        """Return the remembered result of that kind for `key`, or compute and remember it."""
+        entries = self._entries.get(kind, [])
+        for i, (known, result) in enumerate(entries):
             if len(known) == len(key) and all(_same(a, b) for a, b in zip(known, key, strict=True)):
-                self._entries.append(self._entries.pop(i))
+                entries.append(entries.pop(i))
                 return result
         with torch.inference_mode(False):  # what is remembered may later be trained with
             result = compute()
-        self.put(key, result)
+        self.put(key, result, kind)
         return result
 
-    def put(self, key: Sequence[Tensor | None], result: Result) -> None:
-        """Remember the result for `key`, which is not remembered yet."""
-        self._entries = [*self._entries, (tuple(map(_known, key)), result)][-self._size :]
+    def read(self, key: Sequence[Tensor | None], compute: Callable[[], Result], kind: str) -> Result:
+        """As `get`, for what is quickly computed: computed every time where the first tensor is in host memory."""
+        in_host = key[0] is not None and key[0].device.type == "cpu"
+        return compute() if in_host else self.get(key, compute, kind)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> ContentCache[Result]:
-        return ContentCache(self._size)
+    def put(self, key: Sequence[Tensor | None], result: Result, kind: str = "") -> None:
+        """Remember the result for `key`, which is not remembered yet."""
+        self._entries[kind] = [*self._entries.get(kind, []), (tuple(map(_known, key)), result)][-self._size :]
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        """A copy starts empty."""
+        return type(self), (self._size,)
 
 
 def version(value: Tensor) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vamoh._cache import ContentCache
 from vamoh._checks import check_type, values_readable
 from vamoh._initial import linear_layer
+from vamoh.geometry import Neighborhood, Sites, Stage
 from vamoh.ops._autocast import float32_under_autocast
 from vamoh.ops.farthest_point_sample import farthest_point_sample
 from vamoh.ops.knn import knn
@@ -25,25 +26,6 @@ SLOPE = 0.2
 
 INITIAL_LOG_VARIANCE = -3.0
 """Of q(z), so that z carries the data from the first step."""
-
-
-class Neighborhood(NamedTuple):
-    """Where one encoder stage looks: int64 indices into the points of the stage before (the first: the N points).
-
-    centroids [B, M] and neighbors [B, M, S], of batch 1 where the whole batch shares them. A centroid of -1 pads an
-    item that has fewer points than M.
-    """
-
-    centroids: Tensor
-    neighbors: Tensor
-
-
-class Stage(NamedTuple):
-    """Sizes of one stage: M centroids, S neighbours, and output channels of a convolution (None: average pooling)."""
-
-    centroids: int
-    neighbors: int
-    channels: int | None
 
 
 class PointConvLayer(nn.Module):
@@ -146,15 +128,23 @@ class FixedCentroids(nn.Module):
         first = stages[0]
         self.centroids: Tensor
         self.sites: Tensor
+        self.site_coords: Tensor  # [R, D], the sites without repetition
+        self.site_index: Tensor  # [M, S], where each of them is there
         self.register_buffer("centroids", torch.full((first.centroids, coord_dim), math.nan))
         self.register_buffer("sites", torch.full((first.centroids, first.neighbors, coord_dim), math.nan))
         for i, stage in enumerate(stages[1:], 1):
             self.register_buffer(f"neighbors_{i}", torch.zeros(stage.centroids, stage.neighbors, dtype=torch.int64))
-        self.is_set = False
+        self.register_buffer("site_coords", self.sites.new_empty(0, coord_dim), persistent=False)
+        self.register_buffer("site_index", self.sites.new_empty(0, 0, dtype=torch.int64), persistent=False)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the centroids were chosen."""
+        return len(self.site_coords) > 0
 
     @torch.no_grad()
     def set(self, coords: Tensor, metric: Tensor, table: Tensor | None, stages: Sequence[Stage]) -> None:
-        """Choose them among coords [N, D], by distances in metric [N, E] and table as in `Encoder.neighborhoods`.
+        """Choose them among coords [N, D], by distances in metric [N, E] and table as ops on point clouds take them.
 
         Farthest-point samples: the first M of them are the sample of M points. Fewer points than that come repeatedly.
         """
@@ -167,23 +157,28 @@ class FixedCentroids(nn.Module):
         for i, (before, stage) in enumerate(pairwise(stages), 1):
             points, queries = metric[chosen[: before.centroids]], metric[chosen[: stage.centroids]]
             self.get_buffer(f"neighbors_{i}").copy_(knn(points, queries, stage.neighbors, table=table))
-        self.is_set = True
+        self._find_distinct()
 
-    def neighborhoods(self, count: int, neighbors: Tensor) -> tuple[Neighborhood, ...]:
-        """One Neighborhood per stage, from the first stage's neighbors [B|1, M, S] among `count` points.
+    def where(self) -> Sites:
+        """What a search needs of them."""
+        later = [value for name, value in self.named_buffers() if name.startswith("neighbors_")]
+        order = torch.arange(len(self.centroids), device=self.sites.device)[None]
+        return Sites(
+            self.site_coords,
+            self.site_index,
+            tuple(Neighborhood(order[:, : len(neighbors)], neighbors[None]) for neighbors in later),
+        )
 
-        The first stage's centroids are numbered behind the points.
-        """
-        order = torch.arange(len(self.centroids), device=neighbors.device)[None]
-        result = [Neighborhood((order + count).expand(neighbors.shape[0], -1), neighbors)]
-        for name, later in self.named_buffers():
-            if name.startswith("neighbors_"):
-                result.append(Neighborhood(order[:, : len(later)], later[None]))
-        return tuple(result)
+    def _find_distinct(self) -> None:
+        self.site_coords, index = self.sites.flatten(0, 1).unique(dim=0, return_inverse=True)
+        self.site_index = index.view(self.sites.shape[:2])
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.is_set = not bool(self.centroids.isnan().any())
+        if self.centroids.isnan().any():
+            self.site_coords = self.site_coords[:0]
+        else:
+            self._find_distinct()
 
 
 class Encoder(nn.Module):
@@ -233,64 +228,8 @@ class Encoder(nn.Module):
                 self.head.weight[latent_dim:].zero_()
                 self.head.bias[latent_dim:].fill_(INITIAL_LOG_VARIANCE)
 
-    @classmethod
-    def without_weights(cls, stages: Sequence[Stage]) -> Encoder:
-        """An encoder that can find neighbourhoods, and nothing else."""
-        encoder = cls.__new__(cls)
-        nn.Module.__init__(encoder)
-        encoder.stages, encoder.fixed = tuple(stages), None
-        return encoder
-
     def _conv_layers(self) -> list[PointConvLayer]:
         return [conv for conv in self.convs if isinstance(conv, PointConvLayer)]
-
-    @property
-    def min_points(self) -> int:
-        """Fewest observed points the encoder accepts: enough neighbours everywhere, and every point the head reads.
-
-        One is enough for fixed centroids.
-        """
-        if self.fixed is not None:
-            return 1
-        return max(self.stages[-1].centroids, *(stage.neighbors for stage in self.stages))
-
-    def neighborhoods(
-        self,
-        metric: Tensor,
-        mask: Tensor | None,
-        table: Tensor | None = None,
-        observed: tuple[int, int] | None = None,
-    ) -> tuple[Neighborhood, ...]:
-        """One Neighborhood per stage from metric coordinates [B|1, N, E] and mask [B, N] (None: all observed).
-
-        With a table of squared distances, metric holds places in it, see `vamoh.ops.knn`. observed: the fewest and the
-        most observed points of an item, counted if not given.
-        Raises ValueError when an item has fewer than `min_points` observed points.
-        """
-        if observed is None:
-            counts = [metric.shape[1]] if mask is None else mask.sum(-1).tolist()
-            observed = min(counts), max(counts)
-        fewest, most = observed
-        self.check_observed(fewest)
-        if mask is not None:
-            metric = metric.expand(mask.shape[0], -1, -1)
-        result = []
-        for stage in self.stages:
-            most = stage.centroids if mask is None else min(stage.centroids, most)
-            centroids = farthest_point_sample(metric, most, mask, table=table)  # [B|1, M]
-            chosen = centroids.clamp(min=0)
-            queries = gather(metric, chosen)
-            result.append(Neighborhood(centroids, knn(metric, queries, stage.neighbors, mask, table=table)))
-            metric, mask = queries, None if mask is None else centroids >= 0
-        return tuple(result)
-
-    def check_observed(self, fewest: int) -> None:
-        """Raise ValueError when a function has fewer than `min_points` observed points."""
-        if fewest < self.min_points:
-            raise ValueError(
-                f"encoder: points must have at least {self.min_points} observed points per function "
-                f"(neighbours and last centroids of the encoder), got {fewest}"
-            )
 
     def stage_outputs(
         self,

@@ -8,18 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vamoh._cache import ContentCache
 from vamoh.ops.fourier_features import fourier_features
-from vamoh.points import Lattice, antipodes, lattice, upload
-
-_SMALL_TABLE = 1 << 18
-"""Entries of a table of displacements that are always worth their computation: the grid of 32^3 voxels has fewer."""
-
-_LARGEST_TABLE = 1 << 22
-
-_REMEMBERED = 1 << 18
-"""Most points of a grid whose opposites are remembered."""
-
 
 _FARTHEST = 32.0
 """Coordinates beyond are of other units: even of long grids, whose pixels are square, few reach it."""
@@ -35,7 +24,7 @@ half of a normal variable's values are beyond 0.674 of its standard deviation.""
 class FourierFeatures(nn.Module):
     """γ(x) = [cos 2πFx, sin 2πFx] with rows of F drawn from N(0, scale²); raw coordinates when `frequencies` is 0.
 
-    Maps coords [..., D] to [..., E] with E = 2·frequencies (or D). Fixed features of a grid are computed once.
+    Maps coords [..., D] to [..., E] with E = 2·frequencies (or D).
     Coordinates of other units are normalised first, to (coords - offset) / scale, once `set_domain` was called; the two
     are then part of the state.
     """
@@ -70,16 +59,20 @@ class FourierFeatures(nn.Module):
         self.register_buffer("scale", None)
         self._in_host_memory: tuple[Tensor, Tensor] | None = None
         self.out_dim = 2 * matrix.shape[0] or matrix.shape[1]
-        self._cache: ContentCache[Tensor] = ContentCache()
-        self._mirrors: ContentCache[Tensor | None] = ContentCache()
-        self._tables: ContentCache[Tensor] = ContentCache()
-        self._lattices: ContentCache[Lattice | None] = ContentCache()
-        self._copies: ContentCache[tuple[Tensor, Tensor | None]] = ContentCache()
 
     def set_domain(self, offset: Tensor, scale: Tensor) -> None:
         """Take coordinates as (coords - offset) / scale from now on; offset and scale > 0 [D]."""
         self.offset, self.scale = offset.to(self.frequencies), scale.to(self.frequencies)
         self._in_host_memory = self.offset.cpu(), self.scale.cpu()
+
+    @property
+    def domain(self) -> tuple[Tensor | None, Tensor | None]:
+        """Offset and scale; None and None where coordinates are taken as they are."""
+        return self.offset, self.scale
+
+    def steps(self, step: Tensor) -> Tensor:
+        """Lengths [D] along the axes, float64 in host memory, in the units of the frequencies."""
+        return step if self._in_host_memory is None else step / self._in_host_memory[1].double()
 
     def normalized(self, coords: Tensor) -> Tensor:
         """Coordinates [..., D] in the units of the frequencies; differentiable."""
@@ -137,108 +130,3 @@ class FourierFeatures(nn.Module):
         if not len(self.frequencies):
             return coords
         return fourier_features(coords, self.frequencies)
-
-    def cached(self, coords: Tensor) -> Tensor:
-        """`forward`, remembered for coordinates that come again; with gradients or while compiling, computed afresh."""
-        raw = not len(self.frequencies)  # a remembered result would be the caller's own tensor
-        if raw or torch.compiler.is_compiling() or coords.requires_grad or self.frequencies.requires_grad:
-            return self(coords)  # type: ignore[no-any-return]
-        return self._cache.get((coords, self.frequencies, self.offset, self.scale), lambda: self(coords))
-
-    def mirror(self, coords: Tensor) -> Tensor | None:
-        """`antipodes` of normalised coords [N, D], remembered: their cosines are equal, their sines opposite.
-
-        None where that saves nothing: raw coordinates, coordinates of their own for every function, few opposites; and
-        while compiling, as it depends on the values.
-        """
-        if not len(self.frequencies) or coords.dim() != 2 or torch.compiler.is_compiling():
-            return None
-        if len(coords) > _REMEMBERED and coords.device.type == "cpu":
-            return antipodes(self.normalized(coords.detach()))
-        key = (coords, self.offset, self.scale)
-        return self._mirrors.get(key, lambda: antipodes(self.normalized(coords.detach())))
-
-    def copied(self, coords: Tensor, mask: Tensor | None, again: bool) -> tuple[Tensor, Tensor | None]:
-        """Copies of coords [..., N, D] and mask [..., N] from host memory in that of the frequencies.
-
-        What `mirror` and `metric` find out by looking at them is found here, before: to look at the copies would wait
-        for a GPU. again: the same coordinates will come again; they have one copy then. Otherwise `mirror` is None.
-        """
-        if again:
-            return self._copies.get((coords, mask), lambda: self._copy(coords, mask, again))
-        return self._copy(coords, mask, again)
-
-    def _copy(self, coords: Tensor, mask: Tensor | None, again: bool) -> tuple[Tensor, Tensor | None]:
-        device = self.frequencies.device
-        copies = upload(coords, device), None if mask is None else upload(mask, device)
-        if len(self.frequencies):
-            found = _lattice(coords, mask)
-            found = found and Lattice(upload(found.cells, device), found.sizes, found.step)
-            self._lattices.put(copies, found)
-            mirror = self.mirror(coords) if again else None
-            key = (copies[0], self.offset, self.scale)
-            self._mirrors.put(key, None if mirror is None else upload(mirror, device))
-        return copies
-
-    @torch.no_grad()
-    def metric(self, coords: Tensor, mask: Tensor | None, distances: int) -> tuple[Tensor, Tensor | None]:
-        """Points and table, as the ops on point clouds take them, for distances between encoded coords [..., N, D].
-
-        On a lattice, places and a table of squared distances, if the table is small or has fewer entries than
-        `distances`, the number that will be looked up; else the encoded coordinates and None. Points where mask
-        [..., N] is False need not be on the lattice. In the table δ and -δ are equally far; between encoded coordinates
-        rounding decides.
-        """
-        if not len(self.frequencies):
-            return self.normalized(coords), None
-        found = self._lattices.get((coords, mask), lambda: _lattice(coords, mask))
-        if found is None or found.displacements > min(max(distances, _SMALL_TABLE), _LARGEST_TABLE):
-            return self.cached(coords), None
-        if self._in_host_memory is not None:
-            found = Lattice(found.cells, found.sizes, found.step / self._in_host_memory[1].double())
-        key = (self.frequencies, torch.tensor(found.sizes), found.step)
-        return found.places(), self._tables.get(key, lambda: self._squared_distances(found))
-
-    def _squared_distances(self, lattice: Lattice) -> Tensor:
-        """Squared distance of the encoded ends of every displacement, see `Lattice.places`.
-
-        Σ_f 2 - 2 cos 2πf·δ, where the angle is a sum over the axes: its cosine and sine come from theirs, axis by axis,
-        and the last axis is a matrix product. δ and -δ are equally far, so half of the displacements will do.
-        """
-        waves: list[tuple[Tensor, Tensor]] = []
-        for n, step, frequency in zip(lattice.sizes, lattice.step.tolist(), self.frequencies.mT, strict=True):
-            offset = torch.arange(1 - n, n if waves else 1, dtype=torch.float64, device=frequency.device)[:, None]
-            angle = offset * (2 * math.pi * step * frequency.double())
-            waves.append((angle.cos(), angle.sin()))
-        last = waves.pop()
-        cosine, sine = waves[0] if waves else (torch.ones_like(last[0][:1]), torch.zeros_like(last[1][:1]))
-        for c, s in waves[1:]:
-            cosine, sine = cosine[:, None], sine[:, None]
-            cosine, sine = (cosine * c - sine * s).flatten(0, 1), (sine * c + cosine * s).flatten(0, 1)
-        total = torch.cat([cosine, -sine], 1) @ torch.cat(last, 1).mT
-        half = 2 * (len(self.frequencies) - total.flatten()[: lattice.displacements // 2])
-        squared: Tensor = torch.cat([half, half.new_zeros(1), half.flip(0)])
-        return squared.clamp_(min=0).to(self.frequencies.dtype)
-
-
-def _lattice(coords: Tensor, mask: Tensor | None) -> Lattice | None:
-    """Lattice of the points that mask [..., N] leaves of coords [..., N, D]; the others count as one of them."""
-    return lattice(coords if mask is None else coords.where(mask[..., None], coords[mask][:1]))
-
-
-_LATTICES: ContentCache[Lattice | None] = ContentCache()
-"""Of the coordinates that `raw_metric` saw."""
-
-
-@torch.no_grad()
-def raw_metric(coords: Tensor, mask: Tensor | None, distances: int) -> tuple[Tensor, Tensor | None]:
-    """As `FourierFeatures.metric`, for distances between the coordinates themselves."""
-    found = _LATTICES.get((coords, mask), lambda: _lattice(coords, mask))
-    if found is None or found.displacements > min(max(distances, _SMALL_TABLE), _LARGEST_TABLE):
-        return coords, None
-    offsets = [
-        torch.arange(1 - n, n, dtype=torch.float64) * step
-        for n, step in zip(found.sizes, found.step.tolist(), strict=True)
-    ]
-    squared = torch.stack([offset.square() for offset in torch.meshgrid(*offsets, indexing="ij")]).sum(0)
-    return found.places(), squared.flatten().to(coords.dtype)

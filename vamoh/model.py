@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_type_hints, overload
+from typing import Any, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from vamoh._checks import (
 from vamoh._initial import own_generator
 from vamoh._options import check_model, check_types, encoder_stages
 from vamoh.elbo import ElboTerms, combine, importance_bound
-from vamoh.encoder import Encoder, Neighborhood, Stage, check_neighborhoods
-from vamoh.encoding import FourierFeatures, raw_metric
+from vamoh.encoder import Encoder, check_neighborhoods
+from vamoh.encoding import FourierFeatures
 from vamoh.gating import Gating, posterior_and_prior, uniform
 from vamoh.generator import (
     Draws,
@@ -37,6 +37,18 @@ from vamoh.generator import (
     log_responsibilities,
     marginal_log_likelihood,
 )
+from vamoh.geometry import (
+    Geometry,
+    Neighborhoods,
+    Search,
+    Stage,
+    copy_to_device,
+    features,
+    find_mirror,
+    geometry,
+    measure,
+    observed_counts,
+)
 from vamoh.hypernet import Hypernet
 from vamoh.latent import FlowPrior, NormalPrior, Posterior, kl_cross_entropy, kl_exact
 from vamoh.likelihood import Likelihood
@@ -44,11 +56,7 @@ from vamoh.ops import CounterNoise
 from vamoh.ops._noise import check_noise, counter_noise_reference
 from vamoh.ops.gating import categorical_kl
 from vamoh.ops.inr_mixture import Inr
-from vamoh.ops.knn import knn
-from vamoh.ops.point_conv import gather
-from vamoh.points import PointSet, domain, lexicographic, observed_coords, upload
-
-Neighborhoods = tuple[Neighborhood, ...]
+from vamoh.points import PointSet, domain, observed_coords, upload
 
 _REMEMBERED = 1 << 23
 """Most encoded values of a grid to remember (32 MB in float32)."""
@@ -217,14 +225,13 @@ class VaMoH(nn.Module):
             open_ends=open_ends,
         )
         self._standard_normal = NormalPrior()
-        self._neighborhoods: ContentCache[Neighborhoods] = ContentCache()
-        self._looked = False
-        self._site_neighbors: ContentCache[Tensor] = ContentCache()
+        self._cache: ContentCache[Any] = ContentCache()
+        self._sampling_checked = False
 
     @property
     def min_points(self) -> int:
         """Fewest observed points per function that the encoder accepts."""
-        return self.encoder.min_points
+        return self._search.min_points
 
     @torch.no_grad()
     def set_domain(self, coords: Tensor, mask: Tensor | None = None) -> None:
@@ -259,29 +266,35 @@ class VaMoH(nn.Module):
         check_finite("set_centroids", "coords", coords)
         if len(coords) == 0:
             raise ValueError("set_centroids: coords must hold at least one point, got none")
-        place = coords if self._metric else self.encoding.normalized(coords)
-        metric, table = _distances(place, None, len(coords) * len(fixed.centroids), self._metric)
+        distances = len(coords) * len(fixed.centroids)
+        metric, table = measure(coords, self.encoding, self.neighbor_metric == "encoded", self._cache, distances)
         fixed.set(coords, metric, table, self.encoder.stages)
 
     def prepare(self, points: PointSet, *, again: bool = True) -> PointSet:
-        """Copy points from host memory to the model's device; nothing waits for a GPU's copy, or looks at it later.
+        """Copy points from host memory to the model's device. Copies are asynchronous; no later step synchronises with
+        the device.
 
-        What `neighborhoods` and `elbo` must know of the contents is looked at here, in host memory. A mask shared by
-        the batch still makes them wait: give `points.compact()`. again: the same coordinates will come again; copy and
-        search them once, and look for opposite points among them.
+        What `neighborhoods` and `elbo` must know of the contents is read here, in host memory. Points that no function
+        observes still make them wait: give `points.compact()`. again: the same coordinates will come again; copy and
+        search them once, and look for their mirror.
         """
         self._check_points(points, anywhere=True)
-        device = self.encoder.head.weight.device
+        device, mask = self.encoder.head.weight.device, points.mask
         if device.type == "cpu":
             return points
-        points.value_range()
-        points.observed()
-        self._look_at_sampling(points.coords, points.mask)
+        self._check_sampling(points.coords, mask)
         own = points.coords.dim() == 3
-        coords, mask = self.encoding.copied(points.coords, points.mask if own else None, again)
-        if not own and points.mask is not None:
-            mask = upload(points.mask, device)
-        return points.copied(coords, upload(points.values, device), mask)
+        coords, masked = copy_to_device(points.coords, mask if own else None, self.encoding, self._cache, again)
+        values = upload(points.values, device)
+        self._cache.put((values,), points.value_range(), "range")
+        if mask is None:
+            return points._with(coords, values, None)
+        masked = upload(mask, device) if masked is None else masked
+        copy, compact = points._with(coords, values, masked), points.compact()
+        self._cache.put((masked,), observed_counts(mask), "observed")
+        if compact.mask is not None and torch.equal(compact.values, points.values):
+            self._cache.put((masked, coords, values), copy, "compact")
+        return copy
 
     def neighborhoods(self, points: PointSet) -> Neighborhoods:
         """Centroids and neighbours of every encoder stage; remembered for coordinates and masks that come again.
@@ -289,12 +302,19 @@ class VaMoH(nn.Module):
         With a mask shared by the batch the indices count the observed points only (`PointSet.compact`).
         """
         self._check_points(points)
-        return self._find_neighborhoods(points.compact())
+        return self._geometry(self._compact(points), mirrored=False).neighborhoods
+
+    @torch.no_grad()
+    def geometry(self, points: PointSet) -> Geometry:
+        """What follows from where the observed points are, as `elbo` uses it; remembered as the neighbourhoods are."""
+        self._check_points(points)
+        return self._geometry(self._compact(points))
 
     def encode(self, points: PointSet, *, neighborhoods: Neighborhoods | None = None) -> Posterior:
         """q(z | observed points) of every function."""
         self._check_points(points)
-        return self._encode(points.compact(), neighborhoods)[0]
+        points = self._compact(points)
+        return self._posterior(points, self._geometry(points, neighborhoods, mirrored=False))
 
     def elbo(
         self,
@@ -317,28 +337,35 @@ class VaMoH(nn.Module):
         self._check_points(points)
         check_number("elbo", "beta_z", beta_z)
         check_number("elbo", "beta_c", beta_c)
-        seen = points = points.compact() if context is None else points
         if context is not None:
-            points, context, seen = self._in_context(points, context)
+            points, context = self._in_context(points, context)
+            seen = points.restrict(context)
+        points = self._compact(points)
         self._check_values(points)
         noise = (
             self.draw_noise(points.batch, generator=generator) if noise is None else self._check_noise(noise, points)
         )
-        posterior, features = self._encode(seen, neighborhoods)
-        if context is not None:
-            features = self.encoding.cached(points.coords)
-        z = posterior.sample(noise.z)
-        theta, mirror = self.hypernet(z), self._mirror(points)
-        if self.gating_posterior is None:
-            log_p = self._log_prior_c(features, z)
-            log_q = self._log_responsibilities(theta, features, points, log_p, mirror, beta_c)
+        if context is None:
+            place = self._geometry(points, neighborhoods)
+            posterior = self._posterior(points, place)
+        elif neighborhoods is None:
+            place = self._geometry(points, seen=seen.mask)
+            posterior = self._posterior(points, place)
         else:
-            log_q, log_p = self._log_q_and_p(self.gating_posterior, features, z, points.values)
+            place, seen = self._geometry(points, search=False), self._compact(seen)
+            posterior = self._posterior(seen, self._geometry(seen, neighborhoods))
+        z = posterior.sample(noise.z)
+        theta = self.hypernet(z)
+        if self.gating_posterior is None:
+            log_p = self._log_prior_c(place.features, z)
+            log_q = self._log_responsibilities(theta, place, points, log_p, beta_c)
+        else:
+            log_q, log_p = self._log_q_and_p(self.gating_posterior, place.features, z, points.values)
             if context is not None:  # where the encoder sees nothing, nothing knows the value
                 log_q = torch.where(context.expand(points.batch, -1)[:, None], log_q, log_p)
         q, kl_c = categorical_kl(log_q, log_p, points.mask)
         log_likelihood = expected_log_likelihood(
-            theta, features, points.values, q, points.mask, self.inr, self.likelihood, mirror
+            theta, place.features, points.values, q, points.mask, self.inr, self.likelihood, place.mirror
         )
         estimate = kl_exact if self.kl == "exact" else kl_cross_entropy
         kl_z = estimate(posterior, self._prior_z, noise.kl)
@@ -362,22 +389,23 @@ class VaMoH(nn.Module):
         self._check_points(points)
         check_positive("iwae", "samples", samples)
         check_type("iwae", "proper", proper, bool)
-        points = points.compact()
+        points = self._compact(points)
         self._check_values(points)
-        posterior, features = self._encode(points, neighborhoods)
+        place = self._geometry(points, neighborhoods)
+        posterior = self._posterior(points, place)
         log_weights = []
         for _ in range(samples):
             z = posterior.sample(self._randn(points.batch, generator=generator))
             log_likelihood = marginal_log_likelihood(
                 self.hypernet(z),
-                features,
+                place.features,
                 points.values,
-                self._log_prior_c(features, z),
+                self._log_prior_c(place.features, z),
                 points.mask,
                 self.inr,
                 self.likelihood,
                 proper,
-                self.encoding.mirror(points.coords),
+                place.mirror,
             )
             log_weights.append(log_likelihood + self._prior_z.log_prob(z) - posterior.log_prob(z))
         return importance_bound(torch.stack(log_weights))
@@ -459,12 +487,12 @@ class VaMoH(nn.Module):
         check_tensor(where, "posterior_at", posterior_at, [points.count], dtypes=[torch.int64])
         if posterior_at.numel() and (posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]):
             raise ValueError(f"{where}: posterior_at must index the {coords.shape[-2]} coords")
-        features = self.encoding.cached(points.coords)
         if self.gating_posterior is None:
-            theta, log_p = self.hypernet(z), self._log_prior_c(features, z)
-            known = self._log_responsibilities(theta, features, points, log_p, self._mirror(points))
+            place = self._geometry(points, search=False)
+            theta, log_p = self.hypernet(z), self._log_prior_c(place.features, z)
+            known = self._log_responsibilities(theta, place, points, log_p)
         else:
-            known = self.gating_posterior(features, z, points.values)
+            known = self.gating_posterior(features(points.coords, self.encoding, self._cache), z, points.values)
         observed = (
             torch.ones(points.batch, points.count, dtype=torch.bool, device=z.device)
             if points.mask is None
@@ -515,11 +543,11 @@ class VaMoH(nn.Module):
         seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else z.device)
         return Noise(z, CounterNoise(upload(seed, z.device), self.kl_samples))
 
-    def _look_at_sampling(self, coords: Tensor, mask: Tensor | None) -> None:
+    def _check_sampling(self, coords: Tensor, mask: Tensor | None) -> None:
         """Once in training, for coords [N, D] or [B, N, D] in host memory: warn of units that cannot work."""
-        if self._looked or not self.training or coords.device.type != "cpu" or torch.compiler.is_compiling():
+        if self._sampling_checked or not self.training or coords.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        self._looked = True
+        self._sampling_checked = True
         one = coords if coords.dim() == 2 else coords[0]
         problem = self.encoding.problem(observed_coords(one, mask if mask is None or mask.dim() == 1 else mask[0]))
         if problem:
@@ -544,90 +572,68 @@ class VaMoH(nn.Module):
         return posterior(features, z, values), self._log_prior_c(features, z)
 
     def _log_responsibilities(
-        self, theta: Tensor, features: Tensor, points: PointSet, log_p: Tensor, mirror: Tensor | None, beta: float = 1.0
+        self, theta: Tensor, place: Geometry, points: PointSet, log_p: Tensor, beta: float = 1.0
     ) -> Tensor:
         return log_responsibilities(
-            theta, features, points.values, log_p, points.mask, self.inr, self.likelihood, mirror, beta
+            theta, place.features, points.values, log_p, points.mask, self.inr, self.likelihood, place.mirror, beta
         )
 
     @property
-    def _metric(self) -> FourierFeatures | None:
-        """The encoding between whose values distances are measured; None: between coordinates."""
-        return self.encoding if self.neighbor_metric == "encoded" and len(self.encoding.frequencies) else None
-
-    def _find_neighborhoods(self, points: PointSet) -> Neighborhoods:
+    def _search(self) -> Search:
         fixed = self.encoder.fixed
-        if fixed is not None:
-            if not fixed.is_set:
-                raise ValueError(
-                    'encoder: centroids="fixed" must be set before anything is encoded: '
-                    "model.set_centroids(coords [N, D]) with points that cover the domain"
-                )
-            if torch.compiler.is_compiling() and points.mask is None:
-                frequencies = self.encoding.frequencies.detach() if self._metric else None
-                coords = points.coords if points.coords.dim() == 3 else points.coords[None]
-                coords, sites = self.encoding.normalized(coords.detach()), self.encoding.normalized(fixed.sites)
-                return fixed.neighborhoods(points.count, site_neighbors_in_graph(coords, sites, frequencies))
-            return fixed.neighborhoods(points.count, self._remembered_site_neighbors(points, fixed.sites))
-        if torch.compiler.is_compiling() and points.mask is None:
-            metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
-            coords = points.coords if points.coords.dim() == 3 else points.coords[None]
-            sizes = [size for stage in self.encoder.stages for size in stage[:2]]
-            coords = self.encoding.normalized(coords)
-            pairs = neighborhoods_in_graph(
-                coords.detach(), None if metric is None else metric.detach(), sizes, self.centroids == "ordered"
+        return Search(
+            self.encoder.stages,
+            self.neighbor_metric == "encoded",
+            self.centroids != "points",
+            None if fixed is None else fixed.where(),
+        )
+
+    def _geometry(
+        self,
+        points: PointSet,
+        neighborhoods: Neighborhoods | None = None,
+        *,
+        seen: Tensor | None = None,
+        mirrored: bool = True,
+        search: bool = True,
+    ) -> Geometry:
+        """Of compacted points, with these neighborhoods or those of what the encoder sees: all observed points, or
+        those where seen [N] or [B, N] is True.
+        """
+        fixed, mask = self.encoder.fixed, points.mask
+        if fixed is not None and not fixed.is_set:
+            raise ValueError(
+                'encoder: centroids="fixed" must be set before anything is encoded: '
+                "model.set_centroids(coords [N, D]) with points that cover the domain"
             )
-            return tuple(Neighborhood(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
-        found: Neighborhoods = self._remembered_neighborhoods(points)
-        return found
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _remembered_neighborhoods(self, points: PointSet) -> Neighborhoods:
-        metric = self.encoding.frequencies if self.neighbor_metric == "encoded" else None
-        key = (points.coords, points.mask, metric, self.encoding.offset, self.encoding.scale)
-        return self._neighborhoods.get(key, lambda: self._search_neighborhoods(points))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def _remembered_site_neighbors(self, points: PointSet, sites: Tensor) -> Tensor:
-        frequencies = self.encoding.frequencies if self._metric else None
-
-        def search() -> Tensor:
-            self._look_at_sampling(points.coords, points.mask)
-            self.encoder.check_observed(points.observed()[0])
-            if self._metric:
-                return _nearest_to_sites(points.coords, points.mask, sites, self._metric)
-            coords, wanted = self.encoding.normalized(points.coords), self.encoding.normalized(sites)
-            return _nearest_to_sites(coords, points.mask, wanted, None)
-
-        key = (points.coords, points.mask, sites, frequencies, self.encoding.offset, self.encoding.scale)
-        return self._site_neighbors.get(key, search)
-
-    @torch.no_grad()
-    def _search_neighborhoods(self, points: PointSet) -> Neighborhoods:
-        self._look_at_sampling(points.coords, points.mask)
-        encoding = self.encoding if self.neighbor_metric == "encoded" else None
-        observed = None if points.mask is None else points.observed()
-        coords = self.encoding.normalized(points.coords) if encoding is None else points.coords
-        return _search(coords, points.mask, observed, encoding, self.encoder, self.centroids == "ordered")
-
-    def _encode(self, points: PointSet, neighborhoods: Neighborhoods | None) -> tuple[Posterior, Tensor]:
-        """q(z) and the encoded coordinates of compacted points."""
-        fixed = self.encoder.fixed
-        if neighborhoods is None:
-            neighborhoods = self._find_neighborhoods(points)
-        else:
+        if neighborhoods is not None:
             behind = 0 if fixed is None else len(fixed.centroids)
             check_neighborhoods(neighborhoods, self.encoder.stages, points.batch, points.count, behind)
-        features = self.encoding.cached(points.coords)
-        encoded = features if features.dim() == 3 else features[None]
-        anchors = None if fixed is None else self.encoding.cached(fixed.centroids)[None]
-        with skip_value_checks():
-            logits = self.encoder(points.values, encoded, neighborhoods, anchors)
-        return Posterior.from_logits(logits), features
+        # On a GPU the kernels would wait to know which points of the mirror are observed.
+        mirrored = mirrored and (mask is None or mask.device.type == "cpu")
+        seen = mask if seen is None else seen if seen.dim() == 2 else seen[None]
+        wanted = self._search if search and neighborhoods is None else None
+        if wanted is not None:
+            self._check_sampling(points.coords, mask)
+        found = geometry(points.coords, seen, self.encoding, self._cache, wanted, mirrored)
+        return found if neighborhoods is None else found._replace(neighborhoods=neighborhoods)
 
-    def _in_context(self, points: PointSet, context: Tensor) -> tuple[PointSet, Tensor, PointSet]:
-        """The points that any function observes, the context of these, and what of them the encoder sees."""
+    def _posterior(self, points: PointSet, place: Geometry) -> Posterior:
+        """q(z) of points of that geometry."""
+        fixed, encoded = self.encoder.fixed, place.features
+        encoded = encoded if encoded.dim() == 3 else encoded[None]
+        anchors = None if fixed is None else features(fixed.centroids, self.encoding, self._cache)[None]
+        with skip_value_checks():
+            return Posterior.from_logits(self.encoder(points.values, encoded, place.neighborhoods, anchors))
+
+    def _compact(self, points: PointSet) -> PointSet:
+        if points.mask is None:
+            return points
+        found: PointSet = self._cache.read((points.mask, points.coords, points.values), points.compact, "compact")
+        return found
+
+    def _in_context(self, points: PointSet, context: Tensor) -> tuple[PointSet, Tensor]:
+        """The points that any function observes, and the context of these."""
         shapes = ((points.count,), (points.batch, points.count))
         if not isinstance(context, Tensor) or tuple(context.shape) not in shapes:
             got = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
@@ -639,16 +645,8 @@ class VaMoH(nn.Module):
             observed = points.mask if points.mask.dim() == 1 else points.mask.any(0)
             if not bool(observed.all()):
                 index = observed.nonzero()[:, 0]
-                points, context = points.select(index), context[..., index]
-        seen = points.restrict(context)
-        # Fixed centroids need no other points, and these have been seen before.
-        seen = seen if self.encoder.fixed is not None and context.dim() == 2 else seen.compact()
-        return points.compact(), context, seen
-
-    def _mirror(self, points: PointSet) -> Tensor | None:
-        """Opposite points; not where a GPU would have to wait to know which of them are observed."""
-        masked = points.mask is not None and points.mask.device.type != "cpu"
-        return None if masked else self.encoding.mirror(points.coords)
+                return points.select(index), context[..., index]
+        return points, context
 
     def _decode(
         self,
@@ -678,15 +676,14 @@ class VaMoH(nn.Module):
             replaced = (here >= 0) & observed.index_select(1, point)
             return torch.where(replaced[:, None], known.index_select(2, point), log_p)
 
-        # features of a grid that is not too large are remembered: it comes again
-        whole = (
-            self.encoding.cached(coords) if coords.shape[:-1].numel() * self.encoding.out_dim <= _REMEMBERED else None
-        )
+        every = None
+        if coords.shape[:-1].numel() * self.encoding.out_dim <= _REMEMBERED:
+            every = features(coords, self.encoding, self._cache)
 
         def encode(index: Part) -> Tensor:
-            if whole is None:
+            if every is None:
                 return self.encoding(coords[..., index, :])  # type: ignore[no-any-return]
-            return whole[..., index, :]
+            return every[..., index, :]
 
         return decode(
             self.hypernet(z),
@@ -696,7 +693,7 @@ class VaMoH(nn.Module):
             self.inr,
             self.likelihood,
             shared=coords.dim() == 2,
-            mirror=self.encoding.mirror(coords),
+            mirror=find_mirror(coords, self.encoding, self._cache),
             with_pi=with_pi,
             progress=progress,
             differentiable=torch.is_grad_enabled(),
@@ -716,7 +713,7 @@ class VaMoH(nn.Module):
 
     def _check_values(self, points: PointSet) -> None:
         if values_readable(points.values):
-            self.likelihood.check_values(*points.value_range())
+            self.likelihood.check_values(*self._cache.read((points.values,), points.value_range, "range"))
 
     def _check_points(self, points: PointSet, *, anywhere: bool = False) -> None:
         where, like = "VaMoH", self.encoder.head.weight
@@ -750,109 +747,6 @@ class VaMoH(nn.Module):
         check_tensor(where, "coords", coords, shape, like=self.encoder.head.weight)
 
 
-def _search(
-    coords: Tensor,
-    mask: Tensor | None,
-    observed: tuple[int, int] | None,
-    encoding: FourierFeatures | None,
-    encoder: Encoder,
-    ordered: bool,
-) -> Neighborhoods:
-    """Neighbourhoods of points at coords [N, D] or [B, N, D], nearest in encoded coordinates or, without encoding, in
-    these. mask [B, N]; observed as in `Encoder.neighborhoods`. ordered: take them in the order of their coordinates.
-    """
-    metric, table = coords, None
-    if encoding is not None:
-        # shared coordinates have no point that no function observes
-        kept = mask if coords.dim() == 3 else None
-        metric, table = encoding.metric(coords, kept, coords.shape[-2] * encoder.stages[0].centroids)
-    batched = metric if metric.dim() == 3 else metric[None]
-    order = lexicographic(coords if coords.dim() == 3 else coords[None]) if ordered else None  # [B|1, N]
-    with skip_value_checks():
-        if order is None or _is_identity(order):
-            return encoder.neighborhoods(batched, mask, table, observed)
-        batched = gather(batched, order)
-        mask = None if mask is None else mask.gather(1, order.expand(len(mask), -1))
-        (centroids, neighbors), *later = encoder.neighborhoods(batched, mask, table, observed)
-        order = order.expand(len(centroids), -1)
-        given = order.gather(1, centroids.clamp(min=0)).where(centroids >= 0, -1)
-        return Neighborhood(given, order.gather(1, neighbors.flatten(1)).view_as(neighbors)), *later
-
-
-def _is_identity(order: Tensor) -> bool:
-    """Whether an order changes nothing, as that of a grid; where a GPU would wait for the answer, False."""
-    return order.device.type == "cpu" and bool((order == torch.arange(order.shape[1])).all())
-
-
-def _distances(
-    coords: Tensor, mask: Tensor | None, distances: int, encoding: FourierFeatures | None
-) -> tuple[Tensor, Tensor | None]:
-    """As `FourierFeatures.metric`, between coordinates if there is no encoding. A GPU would wait for a table."""
-    if coords.device.type != "cpu":
-        return coords if encoding is None else encoding.cached(coords), None
-    return raw_metric(coords, mask, distances) if encoding is None else encoding.metric(coords, mask, distances)
-
-
-def _nearest_to_sites(coords: Tensor, mask: Tensor | None, sites: Tensor, encoding: FourierFeatures | None) -> Tensor:
-    """Index [B|1, M, S] of the point nearest to each of sites [M, S, D], among those at coords [N, D] or [B, N, D] that
-    mask [B, N] leaves. Neither the order of points nor what else is in the batch decides between equally near ones.
-    """
-    unique, place = _UNIQUE.get((sites,), lambda: sites.flatten(0, 1).unique(dim=0, return_inverse=True))
-    order = lexicographic(coords)  # [N] or [B, N]
-    own = coords.dim() == 3
-    ordered = coords.gather(1, order[..., None].expand_as(coords)) if own else coords[order]
-    known = None if mask is None else mask.gather(1, order) if own else mask[:, order]
-    both = torch.cat([ordered, unique.expand(*coords.shape[:-2], -1, -1)], -2)
-    # shared coordinates have no point that no function observes
-    kept = None if known is None or not own else torch.cat([known, known.new_ones(len(known), len(unique))], 1)
-    metric, table = _distances(both, kept, order.shape[-1] * len(unique), encoding)
-    points, queries = metric.split([order.shape[-1], len(unique)], -2)
-    if known is not None and not own:
-        points, queries = points.expand(len(known), -1, -1), queries.expand(len(known), -1, -1)
-    with skip_value_checks():
-        nearest = knn(points, queries, 1, known, table=table)[..., 0]  # [B, R] or [R]
-    nearest = order.gather(1, nearest) if own else order[nearest]
-    return nearest[..., place.flatten()].view(-1, *sites.shape[:2])
-
-
-_UNIQUE: ContentCache[tuple[Tensor, Tensor]] = ContentCache()
-"""Sites [R, D] without repetitions, and where each of them went."""
-
-_ENCODINGS: ContentCache[FourierFeatures] = ContentCache()
-"""What `neighborhoods_in_graph` remembers, by frequencies: a compiled or exported program has no model to do so."""
-
-
-@torch.library.custom_op(
-    "vamoh::neighborhoods",
-    mutates_args=(),
-    schema="(Tensor coords, Tensor? frequencies, int[] sizes, bool ordered) -> Tensor[]",
-)
-def neighborhoods_in_graph(
-    coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int], ordered: bool
-) -> list[Tensor]:
-    """The search of `VaMoH.neighborhoods` as one step of a traced graph, because values decide on its way.
-
-    coords [B|1, N, D], all observed; frequencies [E/2, D], or None for neighbours in raw coordinates; sizes: M and S of
-    every encoder stage in turn. Returns centroids [B|1, M] and neighbors [B|1, M, S], int64, of every stage in turn.
-    """
-    stages = [Stage(m, s, None) for m, s in zip(sizes[::2], sizes[1::2], strict=True)]
-    encoding = None
-    if frequencies is not None:
-        encoding = _ENCODINGS.get((frequencies,), lambda: FourierFeatures.of(frequencies))
-    found = _search(coords, None, None, encoding, Encoder.without_weights(stages), ordered)
-    return [index for hood in found for index in hood]
-
-
-@neighborhoods_in_graph.register_fake
-def _(coords: Tensor, frequencies: Tensor | None, sizes: Sequence[int], ordered: bool) -> list[Tensor]:
-    batch, count, _ = coords.shape
-    found = []
-    for m, s in zip(sizes[::2], sizes[1::2], strict=True):
-        count = min(m, count)
-        found += [coords.new_empty((batch, count, *more), dtype=torch.int64) for more in ((), (s,))]
-    return found
-
-
 def _check_memory(model: nn.Module, build: Callable[[torch.Generator], None]) -> None:
     """Raise ValueError where the parameters would take more memory than there is."""
     try:
@@ -860,22 +754,3 @@ def _check_memory(model: nn.Module, build: Callable[[torch.Generator], None]) ->
     except RuntimeError as error:  # the number of bytes is beyond 64 bits
         raise ValueError("VaMoH: the parameters would take more than 2^63 bytes of memory") from error
     check_memory("VaMoH", "the parameters", sum(value.nbytes for value in model.state_dict().values()))
-
-
-@torch.library.custom_op(
-    "vamoh::site_neighbors", mutates_args=(), schema="(Tensor coords, Tensor sites, Tensor? frequencies) -> Tensor"
-)
-def site_neighbors_in_graph(coords: Tensor, sites: Tensor, frequencies: Tensor | None) -> Tensor:
-    """As `neighborhoods_in_graph`, for fixed centroids: neighbours [B|1, M, S] of the first stage.
-
-    coords [B|1, N, D], all observed; sites [M, S, D].
-    """
-    encoding = None
-    if frequencies is not None:
-        encoding = _ENCODINGS.get((frequencies,), lambda: FourierFeatures.of(frequencies))
-    return _nearest_to_sites(coords, None, sites, encoding)
-
-
-@site_neighbors_in_graph.register_fake
-def _(coords: Tensor, sites: Tensor, frequencies: Tensor | None) -> Tensor:
-    return coords.new_empty((coords.shape[0], *sites.shape[:2]), dtype=torch.int64)

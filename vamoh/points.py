@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vamoh._cache import version
 from vamoh._checks import (
     FLOATING,
     check_device,
@@ -39,10 +37,6 @@ class PointSet:
     coords: Tensor
     values: Tensor
     mask: Tensor | None = None
-    # What was found by looking at the contents, which would wait for a GPU; with the version of what was looked at.
-    _compact: bool = field(default=False, init=False, repr=False)
-    _range: tuple[int | None, tuple[float, float]] | None = field(default=None, init=False, repr=False)
-    _observed: tuple[int | None, tuple[int, int]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         where = "PointSet"
@@ -67,40 +61,24 @@ class PointSet:
             if self.mask.device != values.device:
                 raise TypeError(f"{where}: mask must be on {values.device}, got {self.mask.device}")
 
-    def _with(self, coords: Tensor, values: Tensor, mask: Tensor | None, *, compact: bool = False) -> PointSet:
-        """Points made of these, which were checked already: to look at them again would wait for a GPU."""
+    def _with(self, coords: Tensor, values: Tensor, mask: Tensor | None) -> PointSet:
+        """Points made of these, which were checked already: reading them again would wait for their device."""
         derived = object.__new__(type(self))
-        for name, value in (("coords", coords), ("values", values), ("mask", mask), ("_compact", compact)):
+        for name, value in (("coords", coords), ("values", values), ("mask", mask)):
             object.__setattr__(derived, name, value)
         return derived
 
-    def copied(self, coords: Tensor, values: Tensor, mask: Tensor | None) -> PointSet:
-        """The same points in these tensors of another memory, with all that is known of their contents."""
-        copy = self._with(coords, values, mask, compact=self._compact)
-        if _fresh(self._range, self.values):
-            object.__setattr__(copy, "_range", (version(values), self._range[1]))  # type: ignore[index]
-        if mask is not None and self.mask is not None and _fresh(self._observed, self.mask):
-            object.__setattr__(copy, "_observed", (version(mask), self._observed[1]))  # type: ignore[index]
-        return copy
-
     def value_range(self) -> tuple[float, float]:
-        """Least and largest value, observed or not (0 where there are none).
-
-        Outside of host memory it is looked for once, until the values are written to.
-        """
-        if self.values.device.type == "cpu" or not _fresh(self._range, self.values):
-            low, high = self.values.aminmax() if self.values.numel() else (0.0, 0.0)
-            object.__setattr__(self, "_range", (version(self.values), (float(low), float(high))))
-        return self._range[1]  # type: ignore[index]
+        """Least and largest value, observed or not (0 where there are none)."""
+        low, high = self.values.aminmax() if self.values.numel() else (0.0, 0.0)
+        return float(low), float(high)
 
     def observed(self) -> tuple[int, int]:
-        """Observed points of the function that has the fewest, and of that with the most; remembered likewise."""
+        """Observed points of the function that has the fewest, and of that with the most."""
         if self.mask is None:
             return self.count, self.count
-        if self.mask.device.type == "cpu" or not _fresh(self._observed, self.mask):
-            counts = self.mask.sum(-1).flatten().tolist()
-            object.__setattr__(self, "_observed", (version(self.mask), (min(counts), max(counts))))
-        return self._observed[1]  # type: ignore[index]
+        counts = self.mask.sum(-1).flatten().tolist()
+        return min(counts), max(counts)
 
     @property
     def batch(self) -> int:
@@ -131,7 +109,7 @@ class PointSet:
         if not isinstance(target, torch.device):
             target = check_device("PointSet.to: target", target)
         mask = None if self.mask is None else self.mask.to(target)
-        return self.copied(self.coords.to(target), self.values.to(target), mask)
+        return self._with(self.coords.to(target), self.values.to(target), mask)
 
     def with_mask(self, mask: Tensor | None) -> PointSet:
         """Return the same points with another mask, [N] or [B, N] bool."""
@@ -173,13 +151,13 @@ class PointSet:
         With a mask [N] the result holds exactly the observed points, in order, and no mask. With a per-item mask
         [B, N] the points observed by at least one function stay, with values of 0 where they are not observed.
         """
-        if self.mask is None or self._compact:
+        if self.mask is None:
             return self
         any_observed = self.mask if self.mask.dim() == 1 else self.mask.any(0)
         kept = self if bool(any_observed.all()) else self.select(any_observed.nonzero()[:, 0])
         if kept.mask is None or bool(kept.mask.all()):
             return self._with(kept.coords, kept.values, None)
-        return self._with(kept.coords, torch.where(kept.mask[..., None], kept.values, 0), kept.mask, compact=True)
+        return self._with(kept.coords, torch.where(kept.mask[..., None], kept.values, 0), kept.mask)
 
     def drop(self, rate: float, generator: torch.Generator | None = None, at_least: int = 1) -> PointSet:
         """Point dropout: keep each point with probability 1 - rate, one draw shared by the batch (Alg. 1).
@@ -337,119 +315,10 @@ _OWN_SCALE = 0.1
 """Share of the longest axis below which axes have a scale of their own."""
 
 
-def _fresh(found: tuple[int | None, object] | None, value: Tensor) -> bool:
-    """Whether what was found holds: the tensor was not written to since."""
-    return found is not None and found[0] is not None and found[0] == version(value)
-
-
 def upload(value: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from host memory to a device; to a GPU by pinned memory, so that nothing waits for the copy."""
+    """Copy a tensor from host memory to a device; to a GPU by pinned memory, so that the copy is asynchronous."""
     pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
     return pinned.to(device, non_blocking=pinned is not value)
-
-
-_CHUNK = 1 << 20
-"""Points looked at together where a fine grid would need much memory."""
-
-
-def antipodes(coords: Tensor) -> Tensor | None:
-    """Which point lies opposite to each, -x to x: index int64 [N], -1 where none does, or None if few do.
-
-    coords [N, D]. Opposite is what rounding to float32 leaves of it; a point at the origin is opposite to itself.
-    Symmetric grids let the coordinate networks be computed for half of the points.
-    """
-    count = coords.shape[0]
-    largest = coords.abs().max() if coords.numel() else coords.new_zeros(())
-    tolerance = largest * 2**-22
-    parts = [slice(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
-    opposite = ((coords[p] + coords[count - p.stop : count - p.start].flip(0)).abs() <= tolerance for p in parts)
-    if all(bool(same.all()) for same in opposite):  # the usual grid, in row-major order
-        return torch.arange(count - 1, -1, -1, device=coords.device)
-    index = torch.arange(count, device=coords.device)
-    cells = torch.round(coords / largest * 2**14).long()
-    key = coords.new_zeros(count, dtype=torch.int64)
-    for column in cells.unbind(-1):  # odd in x, so that -x has the negative key; wraps around
-        key = key * 0x9E3779B1 + column
-    order = key.argsort(stable=True)
-    sorted_key = key[order]
-    first, end = torch.searchsorted(sorted_key, -key), torch.searchsorted(sorted_key, -key, right=True)
-    rank = torch.empty_like(index)
-    rank[order] = index - torch.searchsorted(sorted_key, sorted_key)
-    partner = order[(first + rank).clamp(max=count - 1)]
-    near = (coords + coords[partner]).abs().le(tolerance).all(-1)
-    mirror = torch.where((first + rank < end) & near, partner, -1)
-    return mirror if int((mirror >= 0).sum()) >= 7 / 8 * count else None
-
-
-def lexicographic(coords: Tensor) -> Tensor:
-    """Order int64 [..., N] in which points at coords [..., N, D] are sorted by their first coordinate, then the next.
-
-    The same for the same points in any order.
-    """
-    order = coords[..., -1].argsort(dim=-1, stable=True)
-    for column in reversed(coords.unbind(-1)[:-1]):
-        order = order.gather(-1, column.gather(-1, order).argsort(dim=-1, stable=True))
-    return order
-
-
-@dataclass(frozen=True, eq=False)
-class Lattice:
-    """Points at whole multiples of a step per axis, as those of a regular grid or some of them.
-
-    cells [..., D] int64, from 0; sizes: cells per axis; step [D] float64, in units of the coordinates.
-    """
-
-    cells: Tensor
-    sizes: tuple[int, ...]
-    step: Tensor
-
-    @property
-    def displacements(self) -> int:
-        """Number T of displacements between cells: 2n - 1 per axis of n cells."""
-        return math.prod(2 * n - 1 for n in self.sizes)
-
-    def places(self) -> Tensor:
-        """One number per point, int64 [..., 1], such that T // 2 + p - q numbers the displacement from q to p.
-
-        That is its position in a row-major table [2n - 1, ...] of all displacements, from -(n - 1) to n - 1 per axis.
-        """
-        place = torch.zeros_like(self.cells[..., :1])
-        for axis, n in enumerate(self.sizes):
-            place = place * (2 * n - 1) + self.cells[..., axis : axis + 1]
-        return place
-
-
-def lattice(coords: Tensor) -> Lattice | None:
-    """Find the lattice that coords [..., D] lie on by looking at them; None if it has more than 4096 cells an axis.
-
-    A coordinate may be off by what rounding to float32 leaves of it.
-    """
-    flat = coords.detach().double().flatten(0, -2)
-    if not flat.numel():
-        return None
-    cells, sizes, steps = [], [], []
-    for x in flat.unbind(-1):
-        tolerance = float(x.abs().max()) * 2**-21
-        values = x.unique()
-        gaps = values.diff()
-        gaps = gaps[gaps > tolerance]
-        low, extent = values[0], float(values[-1] - values[0])
-        intervals = round(extent / float(gaps.min())) if len(gaps) else 0
-        if intervals >= _MOST_CELLS:
-            return None
-        step = extent / intervals if intervals else 1.0
-        cell = ((x - low) / step).round()
-        if ((x - low - cell * step).abs() > tolerance).any():
-            return None
-        cells.append(cell.long())
-        sizes.append(intervals + 1)
-        steps.append(step)
-    shape = (*coords.shape[:-1], len(sizes))
-    return Lattice(torch.stack(cells, -1).reshape(shape), tuple(sizes), torch.tensor(steps, dtype=torch.float64))
-
-
-_MOST_CELLS = 4096
-"""Per axis of a lattice."""
 
 
 def to_grid(values: Tensor, shape: Sequence[int]) -> Tensor:

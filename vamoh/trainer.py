@@ -309,10 +309,11 @@ class Trainer:
             side.wait_stream(torch.cuda.current_stream(self.device))  # the search reads what the step before updates
         with torch.cuda.stream(side):
             placed = self.model.prepare(points.compact(), again=again)
-            used = [placed.coords, placed.values, placed.mask, self.model.encoding.mirror(placed.coords)]
-            used += [index for hood in self.model.neighborhoods(placed) for index in hood]
-            if not learned:  # the search may have cached the features, which the main stream reads
-                used.append(self.model.encoding.cached(placed.coords))
+            place = self.model.geometry(placed)
+            used = [placed.coords, placed.values, placed.mask, place.mirror]
+            used += [index for hood in place.neighborhoods for index in hood]
+            if not learned:  # cached, and read by the main stream
+                used.append(place.features)
         if side is not None:
             main = torch.cuda.current_stream(self.device)
             main.wait_stream(side)

@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_map_only
 
 from tests.precision import bounds, independent, operations, within
 from vamoh import ops
+from vamoh.geometry import mirror as mirror_of
 from vamoh.layout import packed_size
 from vamoh.ops import CounterNoise
 from vamoh.ops._op import OPS, all_ops, plain_torch
 from vamoh.ops.inr_mixture import Inr
 from vamoh.ops.likelihood import KINDS, Likelihood
 from vamoh.ops.planar_flow import PlanarFlow
-from vamoh.points import antipodes, grid_coords
+from vamoh.points import grid_coords
 
 DEVICES = pytest.mark.parametrize(
     ("device", "precision", "unit"),
@@ -123,7 +124,7 @@ def calls(s: Size) -> Iterator[Call]:
         inr, likelihood = Inr((2 * s.H, s.H, s.H, s.C), activation), Likelihood(kind, open_ends=True)
         theta = 0.3 * draw(s.B, s.K, packed_size(inr.widths))
         values, q, scale = uniform(s.B, s.N, s.C), uniform(s.B, s.K, s.N), 0.05 + uniform(s.K, s.C)
-        encoded, mirror = torch.cat([phase.cos(), phase.sin()], 1), antipodes(grid)
+        encoded, mirror = torch.cat([phase.cos(), phase.sin()], 1), mirror_of(grid)
         by = {"inr": inr, "likelihood": likelihood, "mirror": mirror}
         yield from _networks(theta, encoded, values, q, scale, log_p, mask, **by)
         yield from _networks(theta, features, values, q, scale, log_p, mask, **{**by, "mirror": None})

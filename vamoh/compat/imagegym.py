@@ -21,11 +21,11 @@ from vamoh._checks import check_choice
 from vamoh._shown import shown
 from vamoh.compat.config import KL_SAMPLES, VOXEL_POINTS, translate_model
 from vamoh.compat.state import FREQUENCIES, SCALES, TEMPLATE, from_reference, to_reference
-from vamoh.encoder import Neighborhood
 from vamoh.gating import Gating
 from vamoh.generator import Reconstruction
+from vamoh.geometry import Neighborhood, Neighborhoods
 from vamoh.latent import FlowPrior
-from vamoh.model import Neighborhoods, Noise, VaMoH
+from vamoh.model import Noise, VaMoH
 from vamoh.points import PointSet, to_grid
 
 TASKS = ("image", "era5_polar", "voxels_chairs")

@@ -32,7 +32,7 @@ def farthest_point_sample(
 
     table [T], float32 or float64, T odd: squared distances on a lattice, where they depend on the displacement alone.
     coords are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to a point q taken is
-    table[T // 2 + p - q]: `vamoh.points.Lattice` makes both.
+    table[T // 2 + p - q]: `vamoh.geometry.Lattice` makes both.
 
     With a mask, M depends on its values: that breaks the graph of `torch.compile`. Where they cannot be looked at, as
     in a CUDA graph, M = min(num_samples, N).

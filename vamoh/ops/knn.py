@@ -37,7 +37,7 @@ def knn(
 
     table [T], float32 or float64, T odd: squared distances on a lattice, where they depend on the displacement alone.
     points and queries are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to q is
-    table[T // 2 + p - q]: `vamoh.points.Lattice` makes both.
+    table[T // 2 + p - q]: `vamoh.geometry.Lattice` makes both.
 
     Raises TypeError or ValueError naming the argument, ValueError for an item with fewer candidates than num_neighbors.
     """
