@@ -37,7 +37,7 @@ from vamoh.cli import COMMANDS, main
 from vamoh.compat.config import load_reference_config
 from vamoh.compat.state import from_reference, read_checkpoint, to_reference
 from vamoh.config import Config, ModelConfig, config_to_dict, config_to_yaml, load_config, save_config
-from vamoh.data import netcdf_process
+from vamoh.data import fields_process
 from vamoh.kernels import _plan
 from vamoh.masks import completion_mask
 from vamoh.resume import check_state, moments
@@ -227,7 +227,7 @@ class Fork:
                     os.dup2(old, new)
                 os.closerange(3, 64)
                 sys.stdin = os.fdopen(0, "r", closefd=False)
-                netcdf_process.serve(command[-1])
+                fields_process.serve(*command[-2:])
                 os._exit(0)
             finally:
                 os._exit(1)

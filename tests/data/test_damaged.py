@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vamoh.data import fields, netcdf_process, open_dataset
+from vamoh.data import fields, fields_process, open_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mutations import kinds, mutate, open_damaged
@@ -56,23 +56,47 @@ def test_damage_to_netcdf(tmp_path: Path, kind: str) -> None:
         ("print('{\"bytes\": 99}', flush=True)", "got "),
     ],
 )
+@pytest.mark.parametrize("library", ["netCDF4", "xarray"])
 def test_a_reader_that_hangs_or_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str, library: str
 ) -> None:
-    pytest.importorskip("netCDF4")
-    (tmp_path / "a.nc").write_bytes(b"CDF")
+    pytest.importorskip(library)
+    file, kind = tmp_path / ("a.nc" if library == "netCDF4" else "a.grib"), "NetCDF file"
+    file.write_bytes(b"CDF")
+    if library == "xarray":
+        kind = "file for xarray"
     limits = "import resource as r; r.setrlimit(r.RLIMIT_CPU, (1, 2)); r.setrlimit(r.RLIMIT_CORE, (0, 0))"
     (tmp_path / "reader.py").write_text(f"{limits}\n{script}\n")
-    monkeypatch.setattr(netcdf_process, "__file__", str(tmp_path / "reader.py"))
-    monkeypatch.setattr(netcdf_process, "SECONDS", 1)
+    monkeypatch.setattr(fields_process, "__file__", str(tmp_path / "reader.py"))
+    monkeypatch.setattr(fields_process, "SECONDS", 1)
     with pytest.raises(ValueError) as error:
-        open_dataset("netcdf", str(tmp_path / "a.nc"))
-    assert str(error.value).startswith(f"{tmp_path}/a.nc: must be a readable NetCDF file, {message}")
+        open_dataset("netcdf", str(file))
+    assert str(error.value).startswith(f"{file}: must be a readable {kind}, {message}")
+
+
+def test_damage_to_zarr(tmp_path: Path) -> None:
+    """Of a store as of a file: an error that names it, whatever its metadata say."""
+    xarray, _ = pytest.importorskip("xarray"), pytest.importorskip("zarr")
+    coords = {"time": np.arange(6), "lat": np.linspace(90, -90, 7), "lon": np.arange(12) * 30.0 - 180}
+    values = np.random.default_rng(0).normal(280, 20, (6, 7, 12))
+    xarray.Dataset({"t": (("time", "lat", "lon"), values, {"units": "K"})}, coords).to_zarr(tmp_path / "a.zarr")
+    path = str(tmp_path / "a.zarr")
+    assert len(open_dataset("netcdf", path)) == 6
+    files = [file for file in sorted((tmp_path / "a.zarr").rglob("*")) if file.is_file() and file.suffix == ".json"]
+    assert files
+    for seed, file in enumerate(files * 2):
+        whole = file.read_bytes()
+        file.write_bytes(mutate(whole, np.random.default_rng(seed)))
+        try:
+            open_dataset("netcdf", path)
+        except ValueError as error:
+            assert str(error).startswith(path) and "\n" not in str(error) and len(str(error)) < 300 + len(path)
+        file.write_bytes(whole)
 
 
 def test_the_reader_is_bounded(tmp_path: Path) -> None:
-    script = "import netcdf_process as p; p.SECONDS = 1; p._allow(0)\nwhile True: pass"
-    folder = Path(netcdf_process.__file__).parent
+    script = "import fields_process as p; p.SECONDS = 1; p._allow(0)\nwhile True: pass"
+    folder = Path(fields_process.__file__).parent
     code = f"import sys; sys.path.append({str(folder)!r})\n{script}"
     start = time.process_time(), os.times().children_user
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60)
@@ -83,7 +107,7 @@ def test_the_reader_is_bounded(tmp_path: Path) -> None:
 def test_interrupts_leave_the_reader_alone(tmp_path: Path) -> None:
     pytest.importorskip("netCDF4")
     (tmp_path / "a.nc").write_bytes(kinds()["netcdf 4"][2]())
-    file: Any = fields.NetcdfFile(str(tmp_path / "a.nc"))
+    file: Any = fields.ReadFile(str(tmp_path / "a.nc"), "netCDF4")
     process = file._process
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol, cast
 import numpy as np
 
 from vamoh._shown import shown, unquoted
-from vamoh.data import netcdf_process
+from vamoh.data import fields_process
 from vamoh.data.files import Array, check_packed, reading
 from vamoh.data.source import BLOCK_BYTES
 
@@ -51,31 +51,37 @@ class FieldFile(Protocol):
         """Stored numbers of a variable, one slice with start and stop for each of its dimensions."""
 
 
-class NetcdfFile:
-    """A NetCDF file, read by a process of its own, which a damaged file may stop or fill without harm.
+_KINDS = {"netCDF4": ("NetCDF", "netcdf"), "xarray": ("what xarray opens", "xarray")}
+"""By the library that reads them: files in words, and what installs it."""
 
-    Raises ImportError without the netCDF4 package, ValueError naming the file when it cannot be read.
+
+class ReadFile:
+    """A file read by a library, netCDF4 or xarray, in a process of its own, which a damaged one may stop or fill.
+
+    Raises ImportError without the package, ValueError naming the file when it cannot be read.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path, self._lock = path, threading.Lock()
-        if not _installed("netCDF4"):
-            raise ImportError('netcdf: reading NetCDF needs the netCDF4 package: pip install "vamoh[netcdf]"')
-        with reading(path, "NetCDF file"), Path(path).open("rb") as file:
-            file.read(1)
-            size = os.fstat(file.fileno()).st_size
+    def __init__(self, path: str, library: str) -> None:
+        self._path, self._library, self._lock = path, library, threading.Lock()
+        kind, extra = _KINDS[library]
+        if not _installed(library):
+            raise ImportError(f'{extra}: reading {kind} needs the {library} package: pip install "vamoh[{extra}]"')
+        self._kind = "NetCDF file" if library == "netCDF4" else "file for xarray"
+        if library == "netCDF4":
+            with reading(path, self._kind), Path(path).open("rb") as file:
+                file.read(1)
+                self._size = os.fstat(file.fileno()).st_size
         self._process: subprocess.Popen[bytes] | None = None
         self.variables = {}
         for entry in self._start()["variables"]:
             dtype = None if entry["dtype"] is None else np.dtype(entry["dtype"])
             variable = Variable(entry["name"], tuple(entry["dims"]), tuple(entry["shape"]), dtype, entry["attributes"])
             self.variables[variable.name] = variable
-        self._size = size
 
     def _start(self) -> dict[str, Any]:
         self._process, self._owner = None, os.getpid()  # the reader of a forked process's parent is the parent's
         self._process = subprocess.Popen(
-            [sys.executable, netcdf_process.__file__, os.path.abspath(self._path)],
+            [sys.executable, fields_process.__file__, self._library, os.path.abspath(self._path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -87,8 +93,8 @@ class NetcdfFile:
     def read(self, name: str, slices: Sequence[slice]) -> Array:
         """Stored numbers of a variable."""
         variable = self.variables[name]
-        if variable.dtype is not None:
-            with reading(self._path, "NetCDF file"):
+        if variable.dtype is not None and self._library == "netCDF4":
+            with reading(self._path, self._kind):
                 check_packed(self._path, variable.dtype.itemsize * _product(variable.shape), self._size)
         request = {"name": name, "slices": [[part.start, part.stop] for part in slices]}
         with self._lock:
@@ -101,7 +107,8 @@ class NetcdfFile:
             answer, content = self._answer(process)
         values = np.frombuffer(content, np.dtype(answer["dtype"])).reshape(answer["shape"])
         if values.shape != tuple(part.stop - part.start for part in slices):
-            raise ValueError(f"{self._path}: must be a readable NetCDF file, got {list(values.shape)} values of {name}")
+            shape = list(values.shape)
+            raise ValueError(f"{self._path}: must be a readable {self._kind}, got {shape} values of {unquoted(name)}")
         return values
 
     def close(self) -> None:
@@ -135,47 +142,21 @@ class NetcdfFile:
             number = -(process.poll() or 0)
             self.close()
             if number == signal.SIGXCPU:
-                reason = f"a reader that came to no end in {netcdf_process.SECONDS} s of computing"
+                reason = f"a reader that came to no end in {fields_process.SECONDS} s of computing"
             else:
                 reason = f"a crash of its reader ({signal.Signals(number).name if number > 0 else f'status {-number}'})"
-            raise ValueError(f"{self._path}: must be a readable NetCDF file, got {reason}")
+            raise ValueError(f"{self._path}: must be a readable {self._kind}, got {reason}")
         if "error" in answer:
             text = " ".join(answer["error"].split())[:200]
-            raise ValueError(f"{self._path}: must be a readable NetCDF file, got {text}")
+            raise ValueError(f"{self._path}: must be a readable {self._kind}, got {text}")
         return answer, content
-
-
-class XarrayFile:
-    """Whatever xarray opens, such as HDF5 and Zarr, read lazily.
-
-    Raises ImportError without the xarray package, ValueError naming the file when it cannot be read.
-    """
-
-    def __init__(self, path: str) -> None:
-        if not _installed("xarray"):
-            raise ImportError(f'xarray: reading {path} needs the xarray package: pip install "vamoh[xarray]"')
-        library: Any = importlib.import_module("xarray")
-        self._path = path
-        with reading(path, "file for xarray"):
-            self._opened = library.open_dataset(path, decode_cf=False, mask_and_scale=False, chunks=None, cache=False)
-            self.variables = {}
-            for name, found in self._opened.variables.items():
-                dtype = found.dtype if found.dtype.kind in "iufb" else None
-                attributes = {str(key): _plain(value) for key, value in found.attrs.items()}
-                dims = tuple(map(str, found.dims))
-                self.variables[str(name)] = Variable(str(name), dims, tuple(found.shape), dtype, attributes)
-
-    def read(self, name: str, slices: Sequence[slice]) -> Array:
-        """Stored numbers of a variable."""
-        with reading(self._path, "file for xarray"):
-            return np.asarray(self._opened.variables[name][tuple(slices)].values)
 
 
 def open_fields(path: str) -> FieldFile:
     """Open a folder (Zarr) or a GRIB file by xarray, anything else as NetCDF, which HDF5 counts for."""
     if Path(path).is_dir() or Path(path).suffix.lower() in (".zarr", ".grib", ".grib2", ".grb"):
-        return XarrayFile(path)
-    return NetcdfFile(path)
+        return ReadFile(path, "xarray")
+    return ReadFile(path, "netCDF4")
 
 
 class FieldArray:
@@ -390,14 +371,6 @@ def _number(path: str, variable: Variable, name: str, default: float) -> float:
     if len(found) > 1 or (found and name in ("scale_factor", "add_offset") and not np.isfinite(found[0])):
         raise ValueError(f"{path}: {unquoted(variable.name)}: {name} must be one finite number, got {shown(found)}")
     return found[0] if found else default
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, str | int | float):
-        return value
-    if isinstance(value, np.ndarray | np.generic | list | tuple):
-        return np.asarray(value).tolist()
-    return str(value)
 
 
 def _installed(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""A process that reads a NetCDF file for another one: whatever a damaged file does to the C library stays in here.
+"""A process that reads a file of fields for another one: whatever a damaged file does to its C library stays in here.
 
-Run as a program, with the file's path: writes a line of JSON that lists the variables; for every line
-{"name": ..., "slices": [[start, stop], ...]} it reads, it writes a line of JSON and the bytes of the values. A request
-may use some seconds of the processor and a multiple of the file's size in memory.
+Run as a program, with the library, netCDF4 or xarray, and the file's path: writes a line of JSON that lists the
+variables; for every line {"name": ..., "slices": [[start, stop], ...]} it reads, it writes a line of JSON and the bytes
+of the values. A request may use some seconds of the processor and a multiple of the file's size in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose modules belong to a package
 
+import importlib
 import json
 import mmap
 import os
@@ -22,9 +23,11 @@ from typing import Any
 SECONDS = 10
 _BYTES_PER_SECOND = 20_000_000
 _MEMORY = 1 << 30
+_FOLDER = 1 << 30
+"""Bytes that a folder is taken for, whose files nobody counts."""
 
 
-def serve(path: str) -> None:
+def serve(name: str, path: str) -> None:
     """Answer requests from standard input on standard output, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which may still need data
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -33,24 +36,21 @@ def serve(path: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def send(answer: dict[str, Any], content: bytes = b"") -> None:
-        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(json.dumps(answer, default=str).encode() + b"\n")
         answers.write(content)
         answers.flush()
 
     try:
-        import netCDF4
         import numpy as np
 
-        size = os.stat(path).st_size
+        library = importlib.import_module(name)
+        size = _FOLDER if os.path.isdir(path) else os.stat(path).st_size
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limit = _MEMORY + 4 * size
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-        _allow(0)
-        opened = _open(netCDF4, path)
-        opened.set_auto_maskandscale(False)
-        variables = dict(_walk(opened, ""))
-        defaults = {kind[:2]: value for kind, value in netCDF4.default_fillvals.items()}
-        send({"variables": [_describe(np, name, variable, defaults) for name, variable in variables.items()]})
+        _allow(0 if name == "netCDF4" else size)  # xarray may have to look at the whole file
+        variables, described = (_netcdf if name == "netCDF4" else _xarray)(np, library, path)
+        send({"variables": described})
     except Exception as error:
         send({"error": f"{type(error).__name__}: {error}"})
         return
@@ -63,7 +63,7 @@ def serve(path: str) -> None:
             for start, stop in request["slices"]:
                 wanted *= stop - start
             _allow(wanted)
-            values = np.ascontiguousarray(variable[slices])
+            values = np.ascontiguousarray(variable[slices] if name == "netCDF4" else variable[slices].values)
             send({"dtype": values.dtype.str, "shape": values.shape, "bytes": values.nbytes}, values.tobytes())
         except Exception as error:
             send({"error": f"{type(error).__name__}: {error}"})
@@ -75,6 +75,35 @@ def _allow(size: int) -> None:
     limit = int(usage.ru_utime + usage.ru_stime) + SECONDS + size // _BYTES_PER_SECOND
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _netcdf(np: Any, library: Any, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    opened = _open(library, path)
+    opened.set_auto_maskandscale(False)
+    variables = dict(_walk(opened, ""))
+    defaults = {kind[:2]: value for kind, value in library.default_fillvals.items()}
+    return variables, [_describe(np, name, variable, defaults) for name, variable in variables.items()]
+
+
+def _xarray(np: Any, library: Any, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, str | int | float):
+            return value
+        return np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic | list | tuple) else str(value)
+
+    opened = library.open_dataset(path, decode_cf=False, mask_and_scale=False, chunks=None, cache=False)
+    variables = {str(name): variable for name, variable in opened.variables.items()}
+    described = [
+        {
+            "name": name,
+            "dims": [str(dim) for dim in variable.dims],
+            "shape": variable.shape,
+            "dtype": variable.dtype.str if variable.dtype.kind in "iufb" else None,
+            "attributes": {str(key): plain(value) for key, value in variable.attrs.items()},
+        }
+        for name, variable in variables.items()
+    ]
+    return variables, described
 
 
 def _open(library: Any, path: str) -> Any:
@@ -115,4 +144,4 @@ def _describe(np: Any, name: str, variable: Any, defaults: dict[str, Any]) -> di
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])
