@@ -54,18 +54,6 @@ int point_conv_backward_cuda(const float* grad, const float* out, const PointCon
                              const PointConvGradients& gradients, const PointConvSizes& sizes, float slope,
                              CudaRun& run);
 
-// out [B, M, C]: mean of features over the neighbours. `width` and `outputs` of sizes are not used.
-void neighbor_mean(const float* features, const int64_t* neighbors, float* out, const PointConvSizes& sizes,
-                   int threads, Isa isa);
-int neighbor_mean_cuda(const float* features, const int64_t* neighbors, float* out, const PointConvSizes& sizes,
-                       CudaRun& run);
-
-// grad_features [B, N, C] from grad [B, M, C].
-void neighbor_mean_backward(const float* grad, const int64_t* neighbors, float* grad_features,
-                            const PointConvSizes& sizes, int threads, Isa isa);
-int neighbor_mean_backward_cuda(const float* grad, const int64_t* neighbors, float* grad_features,
-                                const PointConvSizes& sizes, CudaRun& run);
-
 struct DifferenceSizes {
   int64_t batch, points, centroids, neighbors, width;
   bool table_shared, index_shared;

@@ -76,10 +76,6 @@ void bind_cuda(py::module_& m) {
         "sizes"_a, "slope"_a, "run"_a);
   m.def("point_conv_backward_cuda", native_cuda("point_conv_backward", &vamoh::point_conv_backward_cuda), py::kw_only(),
         "grad"_a, "out"_a, "inputs"_a, "gradients"_a, "sizes"_a, "slope"_a, "run"_a);
-  m.def("neighbor_mean_cuda", native_cuda("neighbor_mean", &vamoh::neighbor_mean_cuda), py::kw_only(), "features"_a,
-        "neighbors"_a, "out"_a, "sizes"_a, "run"_a);
-  m.def("neighbor_mean_backward_cuda", native_cuda("neighbor_mean_backward", &vamoh::neighbor_mean_backward_cuda),
-        py::kw_only(), "grad"_a, "neighbors"_a, "grad_features"_a, "sizes"_a, "run"_a);
   m.def("neighbor_difference_cuda", native_cuda("neighbor_difference", &vamoh::neighbor_difference_cuda), py::kw_only(),
         "table"_a, "neighbors"_a, "centroids"_a, "bias"_a, "out"_a, "sizes"_a, "run"_a);
   m.def("neighbor_difference_backward_cuda",

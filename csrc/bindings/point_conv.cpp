@@ -5,10 +5,6 @@ void bind_point_conv(py::module_& m) {
         "isa"_a);
   m.def("point_conv_backward", native(&vamoh::point_conv_backward), py::kw_only(), "grad"_a, "out"_a, "inputs"_a,
         "gradients"_a, "sizes"_a, "slope"_a, "threads"_a, "isa"_a);
-  m.def("neighbor_mean", native(&vamoh::neighbor_mean), py::kw_only(), "features"_a, "neighbors"_a, "out"_a, "sizes"_a,
-        "threads"_a, "isa"_a);
-  m.def("neighbor_mean_backward", native(&vamoh::neighbor_mean_backward), py::kw_only(), "grad"_a, "neighbors"_a,
-        "grad_features"_a, "sizes"_a, "threads"_a, "isa"_a);
   m.def("neighbor_difference", native(&vamoh::neighbor_difference), py::kw_only(), "table"_a, "neighbors"_a,
         "centroids"_a, "bias"_a, "out"_a, "sizes"_a, "threads"_a, "isa"_a);
   m.def("neighbor_difference_backward", native(&vamoh::neighbor_difference_backward), py::kw_only(), "grad"_a,

@@ -35,16 +35,15 @@ struct Kernel {
   decltype(&portable::backward_rows) backward_rows;
   decltype(&portable::spread) spread;
   decltype(&portable::collect) collect;
-  decltype(&portable::mean_rows) mean_rows;
   decltype(&portable::difference_rows) difference_rows;
   decltype(&portable::sum_rows) sum_rows;
 };
 
-#define VAMOH_POINT_CONV(isa)                                                                                       \
-  Kernel {                                                                                                          \
-    &isa::contract, &isa::pack_transposed, &isa::pack_columns, &isa::forward_rows, &isa::activate,                  \
-        &isa::begin_backward, &isa::grad_linear, &isa::backward_rows, &isa::spread, &isa::collect, &isa::mean_rows, \
-        &isa::difference_rows, &isa::sum_rows                                                                       \
+#define VAMOH_POINT_CONV(isa)                                                                      \
+  Kernel {                                                                                         \
+    &isa::contract, &isa::pack_transposed, &isa::pack_columns, &isa::forward_rows, &isa::activate, \
+        &isa::begin_backward, &isa::grad_linear, &isa::backward_rows, &isa::spread, &isa::collect, \
+        &isa::difference_rows, &isa::sum_rows                                                      \
   }
 Kernel kernel(Isa isa) {
 #if VAMOH_X86
@@ -231,31 +230,6 @@ void point_conv_backward(const float* grad, const float* out, const PointConvInp
                   std::min(j + kPointsPerTask, s.points), 1, false, gradients.features + b * s.points * s.channels);
     });
   }
-}
-
-void neighbor_mean(const float* features, const int64_t* neighbors, float* out, const PointConvSizes& s, int threads,
-                   Isa isa) {
-  const Kernel run = kernel(isa);
-  const int64_t tasks = blocks(s.centroids, kPointsPerTask);
-  ThreadPool::get().run(s.batch * tasks, threads, [&](int64_t task, int) {
-    const int64_t b = task / tasks, m = task % tasks * kPointsPerTask;
-    run.mean_rows(features + b * s.points * s.channels, neighbors + (s.shared ? 0 : b * s.centroids * s.neighbors),
-                  s.neighbors, s.channels, m, std::min(m + kPointsPerTask, s.centroids),
-                  out + b * s.centroids * s.channels);
-  });
-}
-
-void neighbor_mean_backward(const float* grad, const int64_t* neighbors, float* grad_features, const PointConvSizes& s,
-                            int threads, Isa isa) {
-  const Kernel run = kernel(isa);
-  const Readers readers(neighbors, s.shared ? 1 : s.batch, s.points, s.centroids * s.neighbors, threads);
-  const int64_t tasks = blocks(s.points, kPointsPerTask);
-  ThreadPool::get().run(s.batch * tasks, threads, [&](int64_t task, int) {
-    const int64_t b = task / tasks, j = task % tasks * kPointsPerTask;
-    run.collect(grad + b * s.centroids * s.channels, readers.starts_of(b), readers.list_of(b), s.neighbors, s.channels,
-                j, std::min(j + kPointsPerTask, s.points), 1.0f / static_cast<float>(s.neighbors), false,
-                grad_features + b * s.points * s.channels);
-  });
 }
 
 void neighbor_difference(const float* table, const int64_t* neighbors, const int64_t* centroids, const float* bias,

@@ -223,19 +223,6 @@ void collect(const float* rows, const int64_t* starts, const int64_t* list, int6
     }
 }
 
-// to[m] = mean of points[index[m][s]] for m in [m0, m1)
-void mean_rows(const float* points, const int64_t* index, int64_t neighbors, int64_t channels, int64_t m0, int64_t m1,
-               float* to) {
-  const float scale = 1.0f / static_cast<float>(neighbors);
-  for (int64_t m = m0; m < m1; ++m)
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      V total = V{};
-      for (int64_t s = 0; s < neighbors; ++s)
-        total += load_part(points + index[m * neighbors + s] * channels + c, channels - c);
-      store_part(to + m * channels + c, total * scale, channels - c);
-    }
-}
-
 // to[m][s] = table[neighbors[m][s]] - table[centroids[m]] + bias for m in [m0, m1)
 void difference_rows(const float* table, const int64_t* neighbors, const int64_t* centroids, const float* bias,
                      int64_t count, int64_t width, int64_t m0, int64_t m1, float* to) {

@@ -127,31 +127,6 @@ __global__ void grad_features(PointConvInputs in, PointConvSizes s, int64_t b0, 
   });
 }
 
-__global__ void mean(const float* features, const int64_t* neighbors, float* out, PointConvSizes s) {
-  const float scale = 1.0f / static_cast<float>(s.neighbors);
-  for_each(s.batch * s.centroids * s.channels, [&](int64_t i) {
-    const int64_t c = i % s.channels, r = i / s.channels;
-    const int64_t first = (s.shared ? r % s.centroids : r) * s.neighbors;
-    const float* const own = features + r / s.centroids * s.points * s.channels + c;
-    float sum = 0;
-    for (int64_t n = first; n < first + s.neighbors; ++n) sum += own[neighbors[n] * s.channels];
-    out[i] = sum * scale;
-  });
-}
-
-__global__ void grad_mean(const float* grad, Readers readers, float* to, PointConvSizes s) {
-  const float scale = 1.0f / static_cast<float>(s.neighbors > 0 ? s.neighbors : 1);
-  for_each(s.batch * s.points * s.channels, [&](int64_t i) {
-    const int64_t c = i % s.channels, j = i / s.channels % s.points, b = i / s.channels / s.points;
-    const int64_t* const starts = readers.starts_of(b);
-    const int64_t* const list = readers.list_of(b);
-    float sum = 0;
-    for (int64_t p = starts[j]; p < starts[j + 1]; ++p)
-      sum += grad[(b * s.centroids + list[p] / s.neighbors) * s.channels + c];
-    to[i] = sum * scale;
-  });
-}
-
 __global__ void difference(const float* table, const int64_t* neighbors, const int64_t* centroids, const float* bias,
                            float* out, DifferenceSizes s) {
   for_each(s.batch * s.centroids * s.neighbors * s.width, [&](int64_t i) {
@@ -234,24 +209,6 @@ int point_conv_backward_cuda(const float* grad, const float* out, const PointCon
     if (gradients.features)
       launch.each(grad_features, (b1 - b0) * s.points * s.channels, in, s, b0, b1, d, readers, gradients.features);
   }
-  return launch.error();
-}
-
-int neighbor_mean_cuda(const float* features, const int64_t* neighbors, float* out, const PointConvSizes& s,
-                       CudaRun& run) {
-  Launcher launch(run);
-  if (launch.asked()) return 0;
-  launch.each(mean, s.batch * s.centroids * s.channels, features, neighbors, out, s);
-  return launch.error();
-}
-
-int neighbor_mean_backward_cuda(const float* grad, const int64_t* neighbors, float* to, const PointConvSizes& s,
-                                CudaRun& run) {
-  Launcher launch(run);
-  const Readers readers = take_readers(launch, s.shared ? 1 : s.batch, s.points, s.centroids * s.neighbors);
-  if (launch.asked()) return 0;
-  fill_readers(launch, neighbors, readers);
-  launch.each(grad_mean, s.batch * s.points * s.channels, grad, readers, to, s);
   return launch.error();
 }
 

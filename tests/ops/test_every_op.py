@@ -94,7 +94,6 @@ def calls(s: Size) -> Iterator[Call]:
     yield Call("point_conv", lambda f, w, *r: ops.point_conv(f, r[2], w, *r[:2], 0.2), convolved, range(4))
     table = [draw(s.B, s.N, 4), draw(4), neighbors]
     yield Call("neighbor_difference", lambda t, b, n: ops.neighbor_difference(t, n, n[..., 0], b), table, (0, 1))
-    yield Call("neighbor_mean", ops.neighbor_mean, [draw(s.B, s.N, s.C), neighbors], (0,))
     yield Call("linear", ops.linear, [draw(s.K, s.B, s.Z), draw(s.K, s.H, s.Z), draw(s.K, s.H)], range(3))
 
     parameters = [draw(4, s.Z), draw(4, s.Z, seed=1), draw(4), draw(s.Z), 0.1 * draw(s.Z, seed=1)]

@@ -139,10 +139,10 @@ def test_empty(empty, backend):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_mean_of_neighbors(size, shared, backend):
+def test_mean_of_neighbors(size, shared):
     features, neighbors = inputs(*size, shared)[:2]
     leaf = features.float().requires_grad_()
-    out = neighbor_mean(leaf, neighbors, backend=backend)
+    out = neighbor_mean(leaf, neighbors)
     every = neighbors.expand(size[0], -1, -1)
     near = torch.stack([f[i] for f, i in zip(features, every, strict=True)])
     roundings = every.shape[2] + 1  # of the features, all sums and the quotient
@@ -153,6 +153,18 @@ def test_mean_of_neighbors(size, shared, backend):
     for b, m, s in np.ndindex(*every.shape):
         expected[b, every[b, m, s]] += grad[b, m] / every.shape[2]
     torch.testing.assert_close(by_features.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mean_of_nothing():
+    """Of no functions, centroids or channels nothing; of no neighbours there is none."""
+    for batch, centroids, channels in ((0, 3, 5), (2, 0, 5), (2, 3, 0)):
+        features = torch.ones(batch, 4, channels, requires_grad=True)
+        for shared in (batch, 1):
+            out = neighbor_mean(features, torch.zeros(shared, centroids, 2, dtype=torch.int64))
+            assert out.shape == (batch, centroids, channels)
+            assert not torch.autograd.grad(out.sum(), features)[0].any()
+    with pytest.raises(ValueError, match="^neighbor_mean: neighbors must hold at least 1 neighbour .*, got 0"):
+        neighbor_mean(torch.ones(2, 4, 5), torch.zeros(2, 3, 0, dtype=torch.int64))
 
 
 def test_gradient_of_the_mean():
@@ -238,7 +250,6 @@ def test_second_derivatives_are_refused(backend):
     features.requires_grad_()
     results = (
         point_conv(features, neighbors, *rest, backend=backend),
-        neighbor_mean(features, neighbors, backend=backend),
         neighbor_difference(features, neighbors, neighbors[:, :, 0], torch.zeros(2), backend=backend),
     )
     for out in results:
@@ -252,7 +263,6 @@ def test_contract_of_a_torch_op(shared, host_backend):
     arguments = single(inputs(*SIZES[1], shared))
     leaves = [t.requires_grad_(t.dtype != torch.int64) for t in arguments]
     torch.library.opcheck(torch.ops.vamoh.point_conv.default, (*leaves, 0.2, host_backend))
-    torch.library.opcheck(torch.ops.vamoh.neighbor_mean.default, (*leaves[:2], host_backend))
     differences = single(difference_inputs(SIZES[1], False, shared))
     differences = [t.requires_grad_(t.dtype != torch.int64) for t in differences]
     torch.library.opcheck(torch.ops.vamoh.neighbor_difference.default, (*differences, host_backend))

@@ -54,18 +54,27 @@ def point_conv(
 
 
 @float32_under_autocast
-def neighbor_mean(features: Tensor, neighbors: Tensor, *, backend: str | None = None) -> Tensor:
+def neighbor_mean(features: Tensor, neighbors: Tensor) -> Tensor:
     """Mean [B, M, C] of point features [B, N, C] over neighbors, int64 [B, M, S], of batch 1 where they are shared.
 
-    float32 or float64. Differentiable once in the features. Raises TypeError or ValueError naming the argument.
+    float32 or float64, plain torch. Differentiable once in the features. Raises TypeError or ValueError naming the
+    argument.
     """
     where = "neighbor_mean"
     check_tensor(where, "features", features, ["B", "N", "C"], dtypes=FLOATING)
     _check_index(where, "neighbors", neighbors, ["B", "M", "S"], features)
-    if neighbors.shape[0] not in (1, features.shape[0]):
-        raise ValueError(f"{where}: neighbors must have batch 1 or {features.shape[0]}, got {neighbors.shape[0]}")
-    result: Tensor = _neighbor_mean(features, neighbors, backend=backend)
-    return result
+    batch, points, channels = features.shape
+    shared, centroids, count = neighbors.shape
+    if shared not in (1, batch):
+        raise ValueError(f"{where}: neighbors must have batch 1 or {batch}, got {shared}")
+    if count == 0:
+        raise ValueError(f"{where}: neighbors must hold at least 1 neighbour of a centroid, got 0")
+    _check_range(where, neighbors, points)
+    if shared == 1:  # a row has the features of all functions
+        rows = features.transpose(0, 1).flatten(1)
+        return F.embedding_bag(neighbors[0], rows, mode="mean").view(centroids, batch, channels).transpose(0, 1)
+    index = neighbors + points * torch.arange(batch, device=neighbors.device)[:, None, None]
+    return F.embedding_bag(index.flatten(0, 1), features.flatten(0, 1), mode="mean").view(batch, centroids, channels)
 
 
 @float32_under_autocast
@@ -238,61 +247,9 @@ def _(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (by_features, None, *rest)
 
 
-def _sizes(features: Tensor, index: Tensor, outputs: int) -> tuple[Any, ...]:
-    """Sizes of a PointConv whose neighbours [B, M, S] or weights [B, M, S, Q] are given."""
-    shared, centroids, neighbors, *width = index.shape
-    return (*features.shape, centroids, neighbors, *(width or [1]), outputs, shared == 1)
-
-
-def _mean_reference(features: Tensor, neighbors: Tensor) -> Tensor:
-    return gather(features, neighbors).mean(2)
-
-
-def _empty_mean(features: Tensor, neighbors: Tensor) -> Tensor:
-    return features.new_empty(features.shape[0], neighbors.shape[1], features.shape[2])
-
-
-_neighbor_mean = Op(
-    "neighbor_mean(Tensor features, Tensor neighbors) -> Tensor",
-    _mean_reference,
-    _empty_mean,
-    check=lambda features, neighbors: _check_range("neighbor_mean", neighbors, features.shape[1]),
-)
-
-
-@_neighbor_mean.backend("cpu", "cuda")
-def _(call: Any, features: Tensor, neighbors: Tensor) -> Tensor:
-    out = _empty_mean(features, neighbors)
-    call("neighbor_mean", features=features, neighbors=neighbors, out=out, sizes=_sizes(features, neighbors, 1))
-    return out
-
-
-def _mean_backward_reference(grad: Tensor, neighbors: Tensor, points: int) -> Tensor:
-    size = neighbors.shape[2]
-    return _scatter((grad / max(size, 1))[:, :, None].expand(-1, -1, size, -1), neighbors, points)
-
-
-def _empty_mean_grad(grad: Tensor, neighbors: Tensor, points: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], points, grad.shape[2])
-
-
-_neighbor_mean_backward = _neighbor_mean.derivative(
-    "neighbor_mean_backward(Tensor grad, Tensor neighbors, SymInt points) -> Tensor",
-    _mean_backward_reference,
-    _empty_mean_grad,
-)
-
-
-@_neighbor_mean_backward.backend("cpu", "cuda")
-def _(call: Any, grad: Tensor, neighbors: Tensor, points: int) -> Tensor:
-    out = _empty_mean_grad(grad, neighbors, points)
-    call("neighbor_mean_backward", grad=grad, neighbors=neighbors, grad_features=out, sizes=_sizes(out, neighbors, 1))
-    return out
-
-
-@_neighbor_mean.gradient(saves=lambda features, neighbors, out: (neighbors, features.shape[1]))
-def _(saved: Saved, grad: Tensor) -> tuple[Tensor]:
-    return (_neighbor_mean_backward(grad, *saved.values, backend=saved.backend),)
+def _sizes(features: Tensor, weights: Tensor, outputs: int) -> tuple[Any, ...]:
+    """PointConvSizes of csrc/point_conv.h."""
+    return (*features.shape, *weights.shape[1:], outputs, weights.shape[0] == 1)
 
 
 def _difference_reference(table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tensor) -> Tensor:

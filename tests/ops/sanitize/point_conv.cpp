@@ -11,7 +11,6 @@ bool run(vamoh::Isa isa, int threads, const vamoh::PointConvSizes& s, float slop
   const int64_t lead = s.shared ? 1 : s.batch, places = lead * s.centroids * s.neighbors;
   const int64_t features = s.batch * s.points * s.channels, weights = places * s.width;
   const int64_t linear = s.outputs * s.channels * s.width, outputs = s.batch * s.centroids * s.outputs;
-  const int64_t pooled = s.batch * s.centroids * s.channels;
   const auto filled = [](int64_t count) {
     std::unique_ptr<float[]> values(new float[count]);
     for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(i % 7) - 3;
@@ -19,10 +18,10 @@ bool run(vamoh::Isa isa, int threads, const vamoh::PointConvSizes& s, float slop
   };
   const auto x = filled(features), w = filled(weights), l = filled(linear);
   const auto bias = filled(s.outputs), offset = filled(s.channels);
-  const auto grad = filled(outputs > pooled ? outputs : pooled);
+  const auto grad = filled(outputs);
   std::unique_ptr<int64_t[]> neighbors(new int64_t[places]);
   for (int64_t i = 0; i < places; ++i) neighbors[i] = i * i % s.points;
-  std::unique_ptr<float[]> out(new float[outputs]), mean(new float[pooled]), by_x(new float[features]),
+  std::unique_ptr<float[]> out(new float[outputs]), by_x(new float[features]),
       by_w(new float[weights]), by_l(new float[linear]), by_bias(new float[s.outputs]);
   const vamoh::PointConvInputs in{x.get(), neighbors.get(), w.get(), l.get(), bias.get()};
   bool good = true;
@@ -35,9 +34,6 @@ bool run(vamoh::Isa isa, int threads, const vamoh::PointConvSizes& s, float slop
   vamoh::point_conv_backward(grad.get(), out.get(), in, {nullptr, by_w.get(), by_l.get(), by_bias.get()}, s, slope,
                              threads, isa);
   check(out.get(), outputs), check(by_x.get(), features), check(by_w.get(), weights), check(by_l.get(), linear);
-  vamoh::neighbor_mean(x.get(), neighbors.get(), mean.get(), s, threads, isa);
-  vamoh::neighbor_mean_backward(grad.get(), neighbors.get(), by_x.get(), s, threads, isa);
-  check(mean.get(), pooled), check(by_x.get(), features);
   const vamoh::DifferenceSizes d{s.batch, s.points, s.centroids, s.neighbors, s.channels, false, s.shared};
   std::unique_ptr<float[]> pairs(new float[s.batch * s.centroids * s.neighbors * s.channels]),
       by_channel(new float[s.channels]);
