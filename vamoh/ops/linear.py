@@ -51,8 +51,8 @@ def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty_strided((groups, rows, outputs), (outputs, groups * outputs, 1))
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _empty(x, weight, bias).copy_(linear_reference(x, weight, bias))
+def _reference(*arguments: Any) -> Tensor:
+    return _empty(*arguments).copy_(linear_reference(*arguments))
 
 
 def _empty_grads(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> list[Tensor]:
