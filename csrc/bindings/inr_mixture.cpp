@@ -54,9 +54,10 @@ template <>
 struct Passed<vamoh::PointLikelihood::Kind> {
   using type = std::string;
   static vamoh::PointLikelihood::Kind get(const std::string& kind) {
-    return kind == "logistic"    ? vamoh::PointLikelihood::logistic
-           : kind == "bernoulli" ? vamoh::PointLikelihood::bernoulli
-                                 : vamoh::PointLikelihood::continuous_bernoulli;
+    if (kind == "logistic") return vamoh::PointLikelihood::logistic;
+    if (kind == "bernoulli") return vamoh::PointLikelihood::bernoulli;
+    if (kind == "continuous_bernoulli") return vamoh::PointLikelihood::continuous_bernoulli;
+    throw std::invalid_argument("inr_mixture: no compiled likelihood " + kind);
   }
 };
 

@@ -617,6 +617,14 @@ def test_gradients_that_only_the_reference_has(monkeypatch):
         monkeypatch.delenv("VAMOH_BACKEND")
 
 
+@pytest.mark.skipif(bool(native_unavailable()), reason="needs the native module")
+def test_a_likelihood_that_is_not_compiled_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "KINDS", ("logistic", "bernoulli", "continuous_bernoulli", "gauss"))
+    theta, features, values, weights, scale = inputs(1, 1, 3, (2, 3, 1), dtype=torch.float32)
+    with pytest.raises(ValueError, match="inr_mixture: no compiled likelihood gauss"):
+        inr_mixture_log_likelihood(theta, features, values, scale, Inr((2, 3, 1)), Likelihood("gauss"), backend="cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
