@@ -185,7 +185,7 @@ def _step_of(path: Path) -> int:
 def _read(run_folder: str | os.PathLike[str], name: str) -> tuple[Path, bytes]:
     """A file of the newest checkpoint, its path and content, if it is what was written.
 
-    Where training replaces the checkpoint between a look at the folder and a look into it, the next one is read.
+    Where training replaces the checkpoint between listing the folder and reading it, the next one is read.
     """
     root = _root(run_folder)
     while True:

@@ -164,7 +164,7 @@ def _mask(where: str, stored: StoredArray, n: int, count: int) -> Array:
 
 
 def _coordinates(where: str, coords: Array, mask: Array | None) -> Array:
-    """Coordinates as float32; those that nobody observes are replaced where they are NaN or infinite."""
+    """Coordinates as float32; those that no function observes are replaced where they are NaN or infinite."""
     given = coords
     with np.errstate(over="ignore"):
         coords = given.astype(np.float32)
