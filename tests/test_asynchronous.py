@@ -22,7 +22,7 @@ from tests.tiny import SIZES
 from vamoh import geometry as geometry_module
 from vamoh import points as points_module
 from vamoh._checks import skip_value_checks, values_readable
-from vamoh.config import Config, DataConfig, ModelConfig, TrainConfig
+from vamoh.config import Config, ContextConfig, DataConfig, ModelConfig, TrainConfig
 from vamoh.data import Dataset
 from vamoh.data.dataset import grid_dataset
 from vamoh.ops import knn, neighbor_mean
@@ -134,6 +134,9 @@ def _configs() -> Iterator[Any]:
         yield pytest.param("none", model, {}, id="-".join(map(str, model.values())), marks=pytest.mark.slow)
     yield pytest.param("each", {"learn_frequencies": True}, {"num_points": 20}, id="each-learned-20")
     yield pytest.param("none", {}, {"flow_warmup": 9.0, "gating_warmup": 9.0}, id="warm-up")
+    for centroids in ("ordered", "fixed"):
+        hidden = {"context": ContextConfig(random=0.5, box=0.2), "target": "all"}
+        yield pytest.param("none", {"centroids": centroids}, hidden, id=f"context-{centroids}")
 
 
 @pytest.mark.parametrize(("mask", "model", "train"), list(_configs()))
@@ -333,7 +336,7 @@ def test_the_search_lies_beside_the_step_before(
     with pretend(monkeypatch):
         for again in (False, True):
             del log[:], recorded[:]
-            points = trainer._place(trainer._drop_points(trainer.dataset.batch(trainer._batch_indices())))
+            points, _ = trainer._place(trainer._drop_points(trainer.dataset.batch(trainer._batch_indices())))
             place = trainer.model.geometry(points)
             known = again and mask != "each"  # the same points of a grid
             search_here = [] if known else ["search"]

@@ -289,11 +289,17 @@ class VaMoH(nn.Module):
         self._cache.put((values,), points.value_range(), "range")
         if mask is None:
             return points._with(coords, values, None)
-        masked = upload(mask, device) if masked is None else masked
+        masked = self.prepare_mask(mask, masked)
         copy, compact = points._with(coords, values, masked), points.compact()
-        self._cache.put((masked,), observed_counts(mask), "observed")
         if compact.mask is not None and torch.equal(compact.values, points.values):
             self._cache.put((masked, coords, values), copy, "compact")
+        return copy
+
+    def prepare_mask(self, mask: Tensor, copy: Tensor | None = None) -> Tensor:
+        """Copy a mask or context [B, N] likewise, or take that copy: neighbours are searched without reading it."""
+        copy = upload(mask, self.encoder.head.weight.device) if copy is None else copy
+        if copy is not mask:
+            self._cache.put((copy,), observed_counts(mask), "observed")
         return copy
 
     def neighborhoods(self, points: PointSet) -> Neighborhoods:
@@ -305,10 +311,13 @@ class VaMoH(nn.Module):
         return self._geometry(self._compact(points), mirrored=False).neighborhoods
 
     @torch.no_grad()
-    def geometry(self, points: PointSet) -> Geometry:
+    def geometry(self, points: PointSet, *, context: Tensor | None = None) -> Geometry:
         """What follows from where the observed points are, as `elbo` uses it; remembered as the neighbourhoods are."""
         self._check_points(points)
-        return self._geometry(self._compact(points))
+        if context is None:
+            return self._geometry(self._compact(points))
+        points, context = self._in_context(points, context)
+        return self._geometry(self._compact(points), seen=self._seen(points, context))
 
     def encode(self, points: PointSet, *, neighborhoods: Neighborhoods | None = None) -> Posterior:
         """q(z | observed points) of every function."""
@@ -339,7 +348,7 @@ class VaMoH(nn.Module):
         check_number("elbo", "beta_c", beta_c)
         if context is not None:
             points, context = self._in_context(points, context)
-            seen = points.restrict(context)
+            seen = points._with(points.coords, points.values, self._seen(points, context))
         points = self._compact(points)
         self._check_values(points)
         noise = (
@@ -630,6 +639,13 @@ class VaMoH(nn.Module):
         if points.mask is None:
             return points
         found: PointSet = self._cache.read((points.mask, points.coords, points.values), points.compact, "compact")
+        return found
+
+    def _seen(self, points: PointSet, context: Tensor) -> Tensor:
+        mask = points.mask
+        if mask is None:
+            return context
+        found: Tensor = self._cache.read((mask, context), lambda: mask & context, "seen")
         return found
 
     def _in_context(self, points: PointSet, context: Tensor) -> tuple[PointSet, Tensor]:

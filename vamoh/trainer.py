@@ -26,7 +26,7 @@ from vamoh.elbo import ElboTerms
 from vamoh.masks import context_mask
 from vamoh.metrics import MAX_PSNR, psnr
 from vamoh.model import VaMoH
-from vamoh.points import PointSet, domain, observed_coords, upload
+from vamoh.points import PointSet, domain, observed_coords
 from vamoh.resume import check_config, check_data, check_state, moments
 
 _ORDER, _POINTS, _NOISE, _VALIDATION, _COVERING = range(5)
@@ -201,7 +201,7 @@ class Trainer:
         settings, epoch = self.config.train, self.steps_done / self.steps_per_epoch
         indices = self._batch_indices()
         drawn, context = self._draw(indices)
-        points = self._place(drawn)
+        points, context = self._place(drawn, context)
         self.model.use_flow = epoch >= settings.flow_warmup
         self.model.use_gating_prior = epoch >= settings.gating_warmup
         beta_z, beta_c = beta_at(settings.beta_z, epoch), beta_at(settings.beta_c, epoch)
@@ -298,19 +298,22 @@ class Trainer:
             points = fewer if _fewest(fewer) >= self.model.min_points else points
         return points
 
-    def _place(self, points: PointSet) -> PointSet:
-        """Points on the device. On a GPU, copies and neighbour search run on a side stream, beside the step before."""
+    def _place(self, points: PointSet, context: Tensor | None = None) -> tuple[PointSet, Tensor | None]:
+        """Points and context on the device. On a GPU, copies and neighbour search run on a side stream, beside the step
+        before.
+        """
         if not self._asynchronous:
-            return points.to(self.device)
+            return points.to(self.device), None if context is None else context.to(self.device)
         settings, side = self.config.train, self._side_stream
         again = settings.num_points is None and settings.point_dropout == 0
         learned = self.model.encoding.frequencies.requires_grad
         if side is not None and learned:
             side.wait_stream(torch.cuda.current_stream(self.device))  # the search reads what the step before updates
         with torch.cuda.stream(side):
-            placed = self.model.prepare(points.compact(), again=again)
-            place = self.model.geometry(placed)
-            used = [placed.coords, placed.values, placed.mask, place.mirror]
+            placed = self.model.prepare(points.compact() if context is None else points, again=again)
+            context = None if context is None else self.model.prepare_mask(context)
+            place = self.model.geometry(placed, context=context)
+            used = [placed.coords, placed.values, placed.mask, context, place.mirror]
             used += [index for hood in place.neighborhoods for index in hood]
             if not learned:  # cached, and read by the main stream
                 used.append(place.features)
@@ -320,7 +323,7 @@ class Trainer:
             for tensor in used:
                 if tensor is not None:
                     tensor.record_stream(main)
-        return placed
+        return placed, context
 
     def _update_asynchronously(self, terms: ElboTerms, indices: Tensor, facts: dict[str, float]) -> _PendingLine:
         """Clip and update without synchronising: the device skips an update whose terms or gradient are bad."""
@@ -363,8 +366,6 @@ class Trainer:
         **betas: float,
     ) -> ElboTerms:
         """Terms of this process's part of a batch, with its part of the noise of the whole one."""
-        if context is not None:
-            context = upload(context, self.device)
         noise = self.model.draw_noise(functions, generator=generator).part(self.workers.share(functions))
         return ElboTerms(**self._call("elbo", points, context=context, noise=noise, **betas))
 
