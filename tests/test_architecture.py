@@ -22,8 +22,8 @@ DOCS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md
 
 HELPERS = {"_version", "_checks", "_cache", "_files", "_initial", "_lock", "_options", "_progress", "_shown"}
 ROOMS = (
-    "points", "layout", "encoding", "geometry", "encoder", "latent", "hypernet", "gating", "likelihood", "generator",
-    "elbo",
+    "grids", "points", "layout", "encoding", "geometry", "encoder", "latent", "hypernet", "gating", "likelihood",
+    "generator", "elbo",
 )  # fmt: skip
 
 # What a part of the package may import of it, besides itself and the helpers.
