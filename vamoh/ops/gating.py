@@ -184,8 +184,8 @@ def _empty_grads(
     gate: Gate,
     by_values: bool,
 ) -> tuple[Tensor, ...]:
-    by_value = shift.new_empty(values.shape if by_values and values is not None else 0)
-    return coords.new_empty(coords.shape), shift.new_empty(shift.shape), by_value, shift.new_empty(parameters.shape)
+    grad_values = shift.new_empty(values.shape if by_values and values is not None else 0)
+    return coords.new_empty(coords.shape), shift.new_empty(shift.shape), grad_values, shift.new_empty(parameters.shape)
 
 
 _NETWORK = "Tensor coords, Tensor shift, Tensor? values, Tensor parameters, Gate gate"
@@ -226,8 +226,8 @@ def _(call: Any, coords: Tensor, shift: Tensor, values: Tensor | None, parameter
 @_gating_backward.backend("cpu")
 def _(call: Any, grad: Tensor, log_p: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *network, by_values = rest
-    grads = by_coords, by_shift, by_value, by_parameters = _empty_grads(grad, log_p, *rest)
-    wanted = [by_coords, by_shift, by_value if by_values else None, by_parameters]
+    grads = grad_coords, grad_shift, grad_values, grad_parameters = _empty_grads(grad, log_p, *rest)
+    wanted = [grad_coords, grad_shift, grad_values if by_values else None, grad_parameters]
     call("gating_backward", net=_net(*network), log_p=log_p, grad=grad, grads=wanted)
     return grads
 
@@ -255,9 +255,9 @@ def categorical_kl_backward_reference(
     grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Plain torch: gradients [B, K, N] of both log-probabilities."""
-    by_kl = grad_kl[:, None, None]
-    by_log_q = torch.where(q == 0, 0, q * (grad_q + by_kl * (log_q - log_p + 1)))
-    return by_log_q, -by_kl * q
+    grad_kl = grad_kl[:, None, None]
+    grad_log_q = torch.where(q == 0, 0, q * (grad_q + grad_kl * (log_q - log_p + 1)))
+    return grad_log_q, -grad_kl * q
 
 
 def _empty_kl(log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -302,17 +302,17 @@ def _(call: Any, log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Ten
 
 @_categorical_kl_backward.backend("cpu")
 def _(call: Any, grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    by_log_q, by_log_p = _empty_kl_grads(grad_q, grad_kl, q, log_q, log_p)
+    grad_log_q, grad_log_p = _empty_kl_grads(grad_q, grad_kl, q, log_q, log_p)
     call(
         "categorical_kl_backward",
         grad_q=grad_q,
         grad_kl=grad_kl,
         q=q,
-        grad_log_q=by_log_q,
-        grad_log_p=by_log_p,
+        grad_log_q=grad_log_q,
+        grad_log_p=grad_log_p,
         **_divergence(log_q, log_p),
     )
-    return by_log_q, by_log_p
+    return grad_log_q, grad_log_p
 
 
 def _divergence(log_q: Tensor, log_p: Tensor) -> dict[str, Any]:

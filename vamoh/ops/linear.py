@@ -62,19 +62,19 @@ def _empty_grads(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 
 
 def _grads(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> list[Tensor]:
-    by_x, _, by_bias = _empty_grads(grad, x, weight, [needed[0], False, needed[2]])
-    return [by_x, empty_gradient(weight) if needed[1] else x.new_empty(0), by_bias]
+    grad_x, _, grad_bias = _empty_grads(grad, x, weight, [needed[0], False, needed[2]])
+    return [grad_x, empty_gradient(weight) if needed[1] else x.new_empty(0), grad_bias]
 
 
 def _backward_reference(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    by_x, by_weight, by_bias = _grads(grad, x, weight, needed)
+    grad_x, grad_weight, grad_bias = _grads(grad, x, weight, needed)
     if needed[0]:
-        torch.bmm(grad, weight, out=by_x)
+        torch.bmm(grad, weight, out=grad_x)
     if needed[1]:
-        torch.bmm(grad.mT, x, out=by_weight)
+        torch.bmm(grad.mT, x, out=grad_weight)
     if needed[2]:
-        torch.sum(grad, 1, out=by_bias)
-    return by_x, by_weight, by_bias
+        torch.sum(grad, 1, out=grad_bias)
+    return grad_x, grad_weight, grad_bias
 
 
 _linear = Op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _reference, _empty, plain=linear_reference)
@@ -95,13 +95,13 @@ def _(call: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_linear_backward.backend("cpu")
 def _(call: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor, ...]:
-    by_x, by_weight, by_bias = _grads(grad, x, weight, needed)
+    grad_x, grad_weight, grad_bias = _grads(grad, x, weight, needed)
     if needed[0]:
-        call("linear_grad_x", grad=grad, weight=weight, grad_x=by_x)
+        call("linear_grad_x", grad=grad, weight=weight, grad_x=grad_x)
     if needed[1] or needed[2]:
-        wanted = (by_weight if needed[1] else None, by_bias if needed[2] else None)
+        wanted = (grad_weight if needed[1] else None, grad_bias if needed[2] else None)
         call("linear_grad_weight", grad=grad, x=x, grad_weight=wanted[0], grad_bias=wanted[1])
-    return by_x, by_weight, by_bias
+    return grad_x, grad_weight, grad_bias
 
 
 @_linear.gradient(saves=lambda x, weight, bias, out: (x, weight))

@@ -192,13 +192,13 @@ def _backward_reference(
     grad = torch.where(out > 0, grad, grad * slope)
     contracted = _contract(features, neighbors, weights)
     grad_linear = grad.flatten(0, 1).mT @ contracted.flatten(0, 1)
-    by_contracted = (grad @ linear_weight).view(*grad.shape[:2], features.shape[2], weights.shape[3])  # [B, M, C, Q]
-    grad_weights = gather(features, neighbors) @ by_contracted  # [B, M, S, Q]
+    grad_contracted = (grad @ linear_weight).view(*grad.shape[:2], features.shape[2], weights.shape[3])  # [B, M, C, Q]
+    grad_weights = gather(features, neighbors) @ grad_contracted  # [B, M, S, Q]
     if weights.shape[0] == 1:
         grad_weights = grad_weights.sum(0, keepdim=True)
     grad_features = features.new_empty(0)
     if by_features:
-        grad_features = _scatter(weights @ by_contracted.mT, neighbors, features.shape[1])
+        grad_features = _scatter(weights @ grad_contracted.mT, neighbors, features.shape[1])
     return grad_features, grad_weights, grad_linear, grad.sum((0, 1))
 
 
@@ -243,8 +243,8 @@ def _(
     )
 )  # fmt: skip
 def _(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_features, *rest = _point_conv_backward(grad, *saved.values, saved.needed[0], backend=saved.backend)
-    return (by_features, None, *rest)
+    grad_features, *rest = _point_conv_backward(grad, *saved.values, saved.needed[0], backend=saved.backend)
+    return (grad_features, None, *rest)
 
 
 def _sizes(features: Tensor, weights: Tensor, outputs: int) -> tuple[Any, ...]:
@@ -284,8 +284,8 @@ def _(call: Any, table: Tensor, neighbors: Tensor, centroids: Tensor, bias: Tens
 def _difference_backward_reference(
     grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int
 ) -> tuple[Tensor, Tensor]:
-    by_table = _scatter(grad, neighbors, points) - _scatter(grad.sum(2)[:, :, None], centroids[..., None], points)
-    return by_table.sum(0, keepdim=True) if batch == 1 else by_table, grad.sum((0, 1, 2))
+    grad_table = _scatter(grad, neighbors, points) - _scatter(grad.sum(2)[:, :, None], centroids[..., None], points)
+    return grad_table.sum(0, keepdim=True) if batch == 1 else grad_table, grad.sum((0, 1, 2))
 
 
 def _empty_difference_grads(
@@ -304,25 +304,25 @@ _neighbor_difference_backward = _neighbor_difference.derivative(
 
 @_neighbor_difference_backward.backend("cpu", "cuda")
 def _(call: Any, grad: Tensor, neighbors: Tensor, centroids: Tensor, batch: int, points: int) -> tuple[Tensor, Tensor]:
-    by_table, by_bias = _empty_difference_grads(grad, neighbors, centroids, batch, points)
+    grad_table, grad_bias = _empty_difference_grads(grad, neighbors, centroids, batch, points)
     call(
         "neighbor_difference_backward",
         grad=grad,
         neighbors=neighbors,
         centroids=centroids,
-        grad_table=by_table,
-        grad_bias=by_bias,
+        grad_table=grad_table,
+        grad_bias=grad_bias,
         sizes=_difference_sizes(grad, neighbors, batch, points),
     )
-    return by_table, by_bias
+    return grad_table, grad_bias
 
 
 @_neighbor_difference.gradient(
     saves=lambda table, neighbors, centroids, bias, out: (neighbors, centroids, *table.shape[:2])
 )
 def _(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_table, by_bias = _neighbor_difference_backward(grad, *saved.values, backend=saved.backend)
-    return by_table, None, None, by_bias
+    grad_table, grad_bias = _neighbor_difference_backward(grad, *saved.values, backend=saved.backend)
+    return grad_table, None, None, grad_bias
 
 
 def _difference_sizes(out: Tensor, neighbors: Tensor, batch: int, points: int) -> tuple[Any, ...]:
