@@ -150,7 +150,7 @@ def decode(
     """Mixed means at M = count points, a bounded number at a time, or differentiable and all at once.
 
     encode maps indices of m points to their features, [m, E] if shared by the batch, else [B, m, E]; log_pi maps
-    (features, indices) to log-probabilities [B, K, m] or [B, K, 1]. mirror [M]: opposite points, which are decoded
+    (features, indices) to log-probabilities [B, K, m] or [B, K, 1]. mirror [M]: pairs of points that are decoded
     together. with_pi False leaves pi out of the result; progress shows a bar on standard error.
     """
     batch, components, _ = theta.shape
@@ -165,11 +165,11 @@ def decode(
     pi = theta.new_empty(batch, count if with_pi else 0, components)
     step = max(1, _CHUNK // ((1 if shared else batch) * inr.widths[0] + batch * (components + _GATING)))
     with Progress(total=count, desc="decode", unit="points", unit_scale=True, disable=not progress) as bar:
-        for index, opposite in _parts(count, step, mirror, theta.device):
+        for index, reflected in _parts(count, step, mirror, theta.device):
             features = encode(index)
             log_p = log_pi(features, index)
             mean[:, index], mean_map[:, index] = inr_mixture_mean(
-                theta, features, log_p, inr, likelihood.op, mirror=opposite
+                theta, features, log_p, inr, likelihood.op, mirror=reflected
             )
             if with_pi:
                 pi[:, index] = log_p.exp().mT
@@ -178,7 +178,7 @@ def decode(
 
 
 def _parts(total: int, step: int, mirror: Tensor | None, device: torch.device) -> Iterator[tuple[Part, Tensor | None]]:
-    """Point indices, at most `step` at a time, and the mirror among them; opposite points stay together."""
+    """Point indices, at most `step` at a time, and the mirror among them; a point and its mirror stay together."""
     if total <= step:
         yield slice(0, total), mirror
         return
@@ -192,7 +192,7 @@ def _parts(total: int, step: int, mirror: Tensor | None, device: torch.device) -
         paired = (partner != part) & (partner >= 0)
         both = torch.cat([part, partner[paired]])
         here, there = paired.nonzero()[:, 0], torch.arange(len(part), len(both), device=device)
-        opposite = torch.where(partner == part, torch.arange(len(part), device=device), -1)
-        opposite = torch.cat([opposite, here])
-        opposite[here] = there
-        yield both, opposite
+        reflected = torch.where(partner == part, torch.arange(len(part), device=device), -1)
+        reflected = torch.cat([reflected, here])
+        reflected[here] = there
+        yield both, reflected

@@ -372,7 +372,7 @@ def measure(
 ) -> tuple[Tensor, Tensor | None]:
     """Points [N, E] and table, as the ops on point clouds take them, at coords [N, D].
 
-    distances: about how many will be looked up. encoded: between features, not between coordinates.
+    distances: about how many will be read. encoded: between features, not between coordinates.
     """
     encoded = encoded and len(encoding.frequencies) > 0
     found = _lattice_worth_a_table(coords, None, distances, cache) if coords.device.type == "cpu" else None
@@ -436,7 +436,7 @@ _LARGEST_TABLE = 1 << 22
 
 
 def _worth_a_table(lattice: Lattice | None, distances: int) -> bool:
-    """Whether a table of its distances is small, or has fewer entries than distances will be looked up."""
+    """Whether a table of its distances is small, or has fewer entries than distances will be read."""
     return lattice is not None and lattice.displacements <= min(max(distances, _SMALL_TABLE), _LARGEST_TABLE)
 
 

@@ -30,9 +30,9 @@ from vamoh.grids import to_grid as to_grid
 class PointSet:
     """A batch of B functions given by their values at N points.
 
-    coords: [N, D] shared by the batch, or [B, N, D] per item; float32 or float64, dimensionless.
+    coords: [N, D] shared by the batch, or [B, N, D] per function; float32 or float64, dimensionless.
     values: [B, N, C], same dtype and device as coords.
-    mask:   None (all observed), [N] shared, or [B, N] per item; bool, True where observed.
+    mask:   None (all observed), [N] shared, or [B, N] per function; bool, True where observed.
     Values at unobserved points are ignored by every consumer, but must be finite.
 
     Raises TypeError or ValueError naming the field, what was expected and what came.
@@ -152,7 +152,7 @@ class PointSet:
     def compact(self) -> PointSet:
         """Drop the points that no function observes; a mask shared by the batch disappears.
 
-        With a mask [N] the result holds exactly the observed points, in order, and no mask. With a per-item mask
+        With a mask [N] the result holds exactly the observed points, in order, and no mask. With a mask per function
         [B, N] the points observed by at least one function stay, with values of 0 where they are not observed.
         """
         if self.mask is None:
