@@ -8,15 +8,15 @@ import triton.language as tl
 
 @triton.jit
 def matrix(
-    start, r0, c0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+    start, r0, c0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """[BR, BC] from row r0 and column c0 on of the matrix [ROWS, COLUMNS] at `start`, rows STEP apart; outside 0."""
+    """[BR, BC] from row r0 and column c0 on of the matrix [ROWS, COLUMNS] at `start`, rows STRIDE apart; outside 0."""
     r = r0 + tl.arange(0, BR)[:, None]
     c = c0 + tl.arange(0, BC)[None, :]
     if ROWS % BR == 0 and COLUMNS % BC == 0:
-        return tl.load(start + r * STEP + c)
+        return tl.load(start + r * STRIDE + c)
     else:
-        return tl.load(start + r * STEP + c, mask=(r < ROWS) & (c < COLUMNS), other=0.0)
+        return tl.load(start + r * STRIDE + c, mask=(r < ROWS) & (c < COLUMNS), other=0.0)
 
 
 @triton.jit
@@ -30,23 +30,23 @@ def bias(start, c0, SIZE: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def at(scratch, r0, c0, STEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Addresses of a block of scratch, rows STEP apart."""
-    return scratch + (r0 + tl.arange(0, BR)[:, None]) * STEP + c0 + tl.arange(0, BC)[None, :]
+def at(scratch, r0, c0, STRIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Addresses of a block of scratch, rows STRIDE apart."""
+    return scratch + (r0 + tl.arange(0, BR)[:, None]) * STRIDE + c0 + tl.arange(0, BC)[None, :]
 
 
 @triton.jit
 def accumulate(
-    to, r0, c0, x, fresh, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BR: tl.constexpr,
+    to, r0, c0, x, fresh, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Add the block x [BR, BC] to the matrix at `to` from row r0 and column c0 on; with `fresh` it was nothing yet."""
     r = r0 + tl.arange(0, BR)[:, None]
     c = c0 + tl.arange(0, BC)[None, :]
     if ROWS % BR == 0 and COLUMNS % BC == 0:
-        before = tl.load(to + r * STEP + c, mask=not fresh, other=0.0)
-        tl.store(to + r * STEP + c, before + x)
+        before = tl.load(to + r * STRIDE + c, mask=not fresh, other=0.0)
+        tl.store(to + r * STRIDE + c, before + x)
     else:
         inside = (r < ROWS) & (c < COLUMNS)
-        before = tl.load(to + r * STEP + c, mask=inside & (not fresh), other=0.0)
-        tl.store(to + r * STEP + c, before + x, mask=inside)
+        before = tl.load(to + r * STRIDE + c, mask=inside & (not fresh), other=0.0)
+        tl.store(to + r * STRIDE + c, before + x, mask=inside)

@@ -12,21 +12,16 @@ import triton
 
 from ._plan import Device
 
-SIZES = frozenset({
-    "theta_b", "theta_k", "features_b", "log_pi_k", "log_pi_n", "points", "rows_total", "tiles", "batch", "components",
-    "groups", "pairs", "splits", "samples", "layers", "coords_b", "shares", "size", "q_b", "q_k", "q_n", "p_b",
-    "p_k", "p_n", "mask_b", "mask_n",
-})  # fmt: skip
-"""Integer arguments of kernels: sizes of a call, strides, and how its work is cut."""
-
 
 def kernel(function: Callable[..., None]) -> Any:
     """`triton.jit` of a function that is launched, compiled once for all sizes.
 
+    Pointers end in _ptr; what else is no constant is a number: a size, a stride, how the work is cut, or a float.
     Triton would compile it anew where an integer is 1 or a multiple of 16: with point dropout, again and again.
     """
-    sizes = [name for name in inspect.signature(function).parameters if name in SIZES]
-    return triton.jit(function, do_not_specialize=sizes)
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if p.annotation is p.empty and not p.name.endswith("_ptr")]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -144,6 +144,7 @@ def score(logit, y, scale, half_bin, epsilon, KIND: tl.constexpr, OPEN_ENDS: tl.
         log_p, by_logit = score_bernoulli(logit, y)
         return log_p, by_logit, tl.zeros_like(logit)
     else:
+        tl.static_assert(KIND == "continuous_bernoulli")
         log_p, by_logit = score_continuous_bernoulli(logit, y)
         return log_p, by_logit, tl.zeros_like(logit)
 
@@ -154,5 +155,6 @@ def mean_of(logit, KIND: tl.constexpr):
     if KIND == "continuous_bernoulli":
         return mean_continuous_bernoulli(logit)
     else:
+        tl.static_assert(KIND == "logistic" or KIND == "bernoulli")
         mean, _, _ = sigmoid_parts(logit)
         return mean

@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import gating, gating_plan, inr_mixture, inr_mixture_plan, planar_flow, planar_flow_plan
-from ._launch import SIZES
 from ._plan import Device
 from .inr_mixture_plan import PRECISIONS
 
@@ -36,9 +35,9 @@ EVERY_CONSTANT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 tells the two apart."""
 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-_TYPES = {"first": "*i32", "second": "*i32", "seed": "*i64", "mask": "*i1"}
-_FLOATS = ("half_bin", "epsilon", "slope", "omega", "share", "constant")
-_TYPES |= dict.fromkeys(_FLOATS, "fp32") | dict.fromkeys(SIZES, "i32")
+_TYPES = {"first_ptr": "*i32", "second_ptr": "*i32", "seed_ptr": "*i64", "mask_ptr": "*i1"}
+_TYPES |= dict.fromkeys(("half_bin", "epsilon", "slope", "omega", "share", "constant"), "fp32")
+"""Types of arguments; all other pointers are to float32, all other numbers int32."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,12 @@ class Case:
         likelihood = ("none", 0.0, 0.0, False) if "outputs" in self.op else likelihood
         meta = inr_mixture.constants(p, self.widths, self.mirrored, self.sine, likelihood, precision)
         meta |= {"MODE": self.op} | ({"TILE": p.tile} if training else {})
-        meta |= {} if self.mirrored else {"first": None, "second": None}
+        meta |= {} if self.mirrored else {"first_ptr": None, "second_ptr": None}
         unused = {
-            "log_likelihood": ["log_pi"],
-            "outputs": ["values", "scale", "log_pi"],
-            "mean": ["values", "scale"],
-            "outputs_backward": ["weights", "scale", "log_p_out"],
+            "log_likelihood": ["log_pi_ptr"],
+            "outputs": ["values_ptr", "scale_ptr", "log_pi_ptr"],
+            "mean": ["values_ptr", "scale_ptr"],
+            "outputs_backward": ["weights_ptr", "scale_ptr", "log_p_out_ptr"],
         }
         meta |= dict.fromkeys(unused.get(self.op, []))
         kernel, kind = (inr_mixture.train, "train") if training else (inr_mixture.forward, "forward")
@@ -124,12 +123,13 @@ class FlowCase:
         p = planar_flow_plan.plan(self.op, self.samples, batch, self.latent, self.layers, device, self.blocks)
         meta = planar_flow.constants(p, self.latent, self.op)
         unused = {
-            "log_prob": ["drawn"],
-            "value": ["drawn"],
-            "expected": ["weights", "grad_x"],
-            "backward": ["total_out", "grad_mean", "grad_std"],
+            "log_prob": ["drawn_ptr"],
+            "value": ["drawn_ptr"],
+            "expected": ["weights_ptr", "grad_x_ptr"],
+            "backward": ["total_out_ptr", "grad_mean_ptr", "grad_std_ptr"],
         }.get(self.op, [])
-        unused += ["mean", "std", "noise", "seed"] if single else ["x", "noise" if self.counted else "seed"]
+        made = "noise_ptr" if self.counted else "seed_ptr"
+        unused += ["mean_ptr", "std_ptr", "noise_ptr", "seed_ptr"] if single else ["x_ptr", made]
         kind = planar_flow_plan.kernel_of(self.op)
         block = f"{p.rows} samples, {_machine(meta)}"
         return Compilation(getattr(planar_flow, kind), kind, block, meta | dict.fromkeys(unused))
@@ -162,7 +162,7 @@ class GatingCase:
         block = f"{p.rows}×{max(p.outputs)}×{p.inputs}, {_machine(meta)}"
         if self.op == "gating":
             return Compilation(gating.forward, "forward", block, meta)
-        meta |= {"SHARED": self.shared} | ({} if self.channels else {"grad_values": None})
+        meta |= {"SHARED": self.shared} | ({} if self.channels else {"grad_values_ptr": None})
         return Compilation(gating.train, "train", block, meta)
 
 
@@ -184,7 +184,7 @@ class KlCase:
         meta = gating.kl_constants(self.components)
         block = f"{gating_plan.KL_POINTS} points, {_machine(meta)}"
         if self.op == "categorical_kl":
-            meta |= {} if self.masked else {"mask": None}
+            meta |= {} if self.masked else {"mask_ptr": None}
             return Compilation(gating.kl_forward, "forward", block, meta)
         return Compilation(gating.kl_train, "train", block, meta)
 
@@ -256,7 +256,10 @@ def source(case: AnyCase, precision: str, capability: int) -> tuple[ASTSource, d
     c = case.compilation(precision, capability)
     kernel, meta = c.kernel, dict(c.constants)
     options = {name: meta.pop(name) for name in _OPTIONS}
-    signature = {name: _TYPES.get(name, "*fp32") if name not in meta else "constexpr" for name in kernel.arg_names}
+    signature = {
+        name: _TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32") if name not in meta else "constexpr"
+        for name in kernel.arg_names
+    }
     attributes: dict[tuple[int], list[list[object]]] = {}
     for i, kind in enumerate(signature.values()):
         if kind == "constexpr" and (EVERY_CONSTANT or isinstance(meta[kernel.arg_names[i]], str)):

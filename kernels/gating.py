@@ -6,8 +6,8 @@ store nothing, may be pipelined. The gradient computes the hidden values again. 
 the tiles and a share of the functions, and adds to partial sums of its own: of the coordinates' part per share, of the
 shift per group, and of the parameters.
 
-Letters beyond those of docs/architecture.md: WIDTHS are H, ..., K, STEPS the same padded to whole blocks BLOCKS, KP the
-last of them, MOST and TOTAL the largest and the sum; IN and OUT are widths of a layer; L layers come after the first.
+Letters beyond those of docs/architecture.md: WIDTHS are H, ..., K, STRIDES the same padded to whole blocks BLOCKS, KP
+the last of them, MOST and TOTAL the largest and the sum; L layers come after the first.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _blocks, _math
+from . import _blocks, _math, _mlp
 from ._launch import device_of, kernel, on, products
 from .gating_plan import KL_POINTS, REGISTERS, Plan, kl_splits, plan
 
 
 @triton.jit
 def _first_layer(
-    coords, shift, values, weight, at, to, points, H: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr,
+    coords, shift, values, weight, at, to, points, H: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
     BR: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Values before the activation at the points `at`, to scratch."""
-    for j in tl.range(0, STEP, BO, num_stages=1, disable_licm=True):
+    for j in tl.range(0, STRIDE, BO, num_stages=1, disable_licm=True):
         c = j + tl.arange(0, BO)
         inside = (c < H)[None, :]
         h = tl.load(coords + c.to(tl.int64)[None, :] * points + at[:, None], mask=inside, other=0.0)
@@ -38,60 +38,37 @@ def _first_layer(
         for i in range(C):
             y = tl.load(values + at.to(tl.int64) * C + i)
             h += y[:, None] * tl.load(weight + c * C + i, mask=c < H, other=0.0)[None, :]
-        tl.store(_blocks.at(to, 0, j, STEP, BR, BO), h)
-
-
-@triton.jit
-def _layer(
-    w, before, slope, j, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
-    BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Outputs [BR, BO] from j on of the layer of weights, then biases at w, from the values before the activation."""
-    acc = tl.zeros((BR, BO), tl.float32)
-    for i in range(0, STEP, BI):
-        h = _math.activate(tl.load(_blocks.at(before, 0, i, STEP, BR, BI)), slope, 0.0, False)
-        acc = _math.dot(h, tl.trans(_blocks.matrix(w, j, i, OUT, IN, IN, BO, BI)), acc, PRECISION)
-    return acc + _blocks.bias(w + OUT * IN, j, OUT, BO)
-
-
-@triton.jit
-def _hidden_layer(
-    w, before, to, slope, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, STEP_TO: tl.constexpr,
-    BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The next layer's values before the activation, scratch to scratch."""
-    for j in tl.range(0, STEP_TO, BO, num_stages=1, disable_licm=True):
-        h = _layer(w, before, slope, j, IN, OUT, STEP, BR, BO, BI, PRECISION)
-        tl.store(_blocks.at(to, 0, j, STEP_TO, BR, BO), h)
+        tl.store(_blocks.at(to, 0, j, STRIDE, BR, BO), h)
 
 
 @kernel
 def forward(
-    coords, coords_b, shift, values, parameters, log_p, scratch, slope, points, tiles, batch, C: tl.constexpr,
-    L: tl.constexpr, WIDTHS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr,
-    TOTAL: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    coords_ptr, stride_coords_b, shift_ptr, values_ptr, parameters_ptr, log_p_ptr, scratch_ptr, slope, points,
+    tiles, batch, C: tl.constexpr, L: tl.constexpr, WIDTHS: tl.constexpr, STRIDES: tl.constexpr, BLOCKS: tl.constexpr,
+    MOST: tl.constexpr, TOTAL: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-probabilities [B, K, N] of networks of L layers after the first. An item of work is a tile and a function."""
     H: tl.constexpr = WIDTHS[0]
     K: tl.constexpr = WIDTHS[L]
-    KP: tl.constexpr = STEPS[L]
+    KP: tl.constexpr = STRIDES[L]
     k = tl.arange(0, KP)[None, :]
-    one = scratch + tl.program_id(0).to(tl.int64) * (2 * BR * MOST)
+    one = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * BR * MOST)
     for item in tl.range(tl.program_id(0), tiles * batch, tl.num_programs(0), num_stages=1, disable_licm=True):
         b = tl.full((), item // tiles, tl.int64)
         row = item % tiles * BR + tl.arange(0, BR)
         at = tl.minimum(row, points - 1)
-        y = values + b * points * C
-        x = coords + b * coords_b
-        _first_layer(x, shift + b * H, y, parameters, at, one, points, H, STEPS[0], C, BR, BLOCKS[0])
+        y = values_ptr + b * points * C
+        x = coords_ptr + b * stride_coords_b
+        _first_layer(x, shift_ptr + b * H, y, parameters_ptr, at, one, points, H, STRIDES[0], C, BR, BLOCKS[0])
         tl.debug_barrier()
-        w = parameters + H * C
+        w = parameters_ptr + H * C
         source = one
         target = one + BR * MOST
         for i in tl.static_range(L - 1):
-            _hidden_layer(
-                w, source, target, slope, WIDTHS[i], WIDTHS[i + 1], STEPS[i], STEPS[i + 1], BR, BLOCKS[i + 1],
-                BI, PRECISION,
+            _mlp.hidden_layer(
+                w, w + WIDTHS[i + 1] * WIDTHS[i], source, target, slope, 0.0, WIDTHS[i], WIDTHS[i + 1], STRIDES[i],
+                STRIDES[i + 1], BR, BLOCKS[i + 1], BI, False, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
             w += WIDTHS[i + 1] * (WIDTHS[i] + 1)
@@ -101,22 +78,26 @@ def forward(
         if L == 0:
             logits = tl.load(_blocks.at(one, 0, 0, KP, BR, KP))
         else:
-            logits = _layer(w, source, slope, 0, WIDTHS[L - 1], K, STEPS[L - 1], BR, KP, BI, PRECISION)
+            logits = _mlp.layer(
+                w, w + K * WIDTHS[L - 1], source, slope, 0.0, 0, WIDTHS[L - 1], K, STRIDES[L - 1], BR, KP, BI, False,
+                PRECISION,
+            )  # fmt: skip
         tl.debug_barrier()
         if BOUNDED:
             logits = _math.tanh(logits)
         logits = tl.where(k < K, logits, float("-inf"))
         logits -= tl.max(logits, 1)[:, None]
         logits -= tl.log(tl.sum(tl.exp(logits), 1))[:, None]
-        tl.store(log_p + (b * K + k) * points + row[:, None], logits, mask=(row < points)[:, None] & (k < K))
+        tl.store(log_p_ptr + (b * K + k) * points + row[:, None], logits, mask=(row < points)[:, None] & (k < K))
 
 
 @kernel
 def train(
-    grad, log_p, coords, coords_b, shift, values, parameters, grad_coords, grad_shift, grad_values, grad_parameters,
-    scratch, slope, points, tiles, batch, groups, shares, size, C: tl.constexpr, L: tl.constexpr, WIDTHS: tl.constexpr,
-    STEPS: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, TOTAL: tl.constexpr, BR: tl.constexpr,
-    BI: tl.constexpr, BOUNDED: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, log_p_ptr, coords_ptr, stride_coords_b, shift_ptr, values_ptr, parameters_ptr, grad_coords_ptr,
+    grad_shift_ptr, grad_values_ptr, grad_parameters_ptr, scratch_ptr, slope, points, tiles, batch, groups, shares,
+    size, C: tl.constexpr, L: tl.constexpr, WIDTHS: tl.constexpr, STRIDES: tl.constexpr, BLOCKS: tl.constexpr,
+    MOST: tl.constexpr, TOTAL: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BOUNDED: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients from those of log_p, both [B, K, N].
 
@@ -126,12 +107,12 @@ def train(
     """
     H: tl.constexpr = WIDTHS[0]
     K: tl.constexpr = WIDTHS[L]
-    KP: tl.constexpr = STEPS[L]
+    KP: tl.constexpr = STRIDES[L]
     k = tl.arange(0, KP)[None, :]
     program = tl.program_id(0).to(tl.int64)
-    before = scratch + program * (BR * (TOTAL + 2 * MOST))
+    before = scratch_ptr + program * (BR * (TOTAL + 2 * MOST))
     one = before + BR * TOTAL
-    mine = grad_parameters + program * size
+    mine = grad_parameters_ptr + program * size
     group = tl.program_id(0) % groups
     share = tl.program_id(0) // groups
     each = tl.cdiv(tiles, groups)
@@ -144,31 +125,34 @@ def train(
             first = function == share * many
             fresh = first_tile & first
             b = tl.full((), function, tl.int64)
-            y = values + b * points * C
-            x = coords + b * coords_b
-            _first_layer(x, shift + b * H, y, parameters, at, before, points, H, STEPS[0], C, BR, BLOCKS[0])
+            y = values_ptr + b * points * C
+            x = coords_ptr + b * stride_coords_b
+            _first_layer(x, shift_ptr + b * H, y, parameters_ptr, at, before, points, H, STRIDES[0], C, BR, BLOCKS[0])
             tl.debug_barrier()
-            w = parameters + H * C
+            w = parameters_ptr + H * C
             g = mine + H * C
             source = before
             for i in tl.static_range(L - 1):
-                _hidden_layer(
-                    w, source, source + BR * STEPS[i], slope, WIDTHS[i], WIDTHS[i + 1], STEPS[i], STEPS[i + 1], BR,
-                    BLOCKS[i + 1], BI, PRECISION,
+                _mlp.hidden_layer(
+                    w, w + WIDTHS[i + 1] * WIDTHS[i], source, source + BR * STRIDES[i], slope, 0.0, WIDTHS[i],
+                    WIDTHS[i + 1], STRIDES[i], STRIDES[i + 1], BR, BLOCKS[i + 1], BI, False, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
                 w += WIDTHS[i + 1] * (WIDTHS[i] + 1)
                 g += WIDTHS[i + 1] * (WIDTHS[i] + 1)
-                source += BR * STEPS[i]
+                source += BR * STRIDES[i]
             inside = (row < points)[:, None] & (k < K)
             to = (b * K + k) * points + row[:, None]
-            d = tl.load(grad + to, mask=inside, other=0.0)
-            d -= tl.exp(tl.load(log_p + to, mask=inside, other=float("-inf"))) * tl.sum(d, 1)[:, None]
+            d = tl.load(grad_ptr + to, mask=inside, other=0.0)
+            d -= tl.exp(tl.load(log_p_ptr + to, mask=inside, other=float("-inf"))) * tl.sum(d, 1)[:, None]
             if BOUNDED:
                 if L == 0:
                     logits = tl.load(_blocks.at(before, 0, 0, KP, BR, KP))
                 else:
-                    logits = _layer(w, source, slope, 0, WIDTHS[L - 1], K, STEPS[L - 1], BR, KP, BI, PRECISION)
+                    logits = _mlp.layer(
+                        w, w + K * WIDTHS[L - 1], source, slope, 0.0, 0, WIDTHS[L - 1], K, STRIDES[L - 1], BR, KP, BI,
+                        False, PRECISION,
+                    )  # fmt: skip
                 bounded = _math.tanh(logits)
                 d *= 1.0 - bounded * bounded
             tl.store(_blocks.at(one, 0, 0, KP, BR, KP), tl.where(inside, d, 0.0))
@@ -176,44 +160,45 @@ def train(
             after = one
             target = one + BR * MOST
             for j in tl.static_range(L):
-                _weight_gradient(
-                    g, after, source, fresh, slope, WIDTHS[L - 1 - j], WIDTHS[L - j], STEPS[L - 1 - j], STEPS[L - j],
-                    BR, BLOCKS[L - j], BLOCKS[L - 1 - j], BI, PRECISION,
+                _mlp.weight_gradient(
+                    g, g + WIDTHS[L - j] * WIDTHS[L - 1 - j], after, source, fresh, slope, 0.0, WIDTHS[L - 1 - j],
+                    WIDTHS[L - j], STRIDES[L - 1 - j], STRIDES[L - j], BR, BLOCKS[L - j], BLOCKS[L - 1 - j], BI, False,
+                    PRECISION,
                 )  # fmt: skip
-                _hidden_gradient(
-                    w, after, source, target, slope, WIDTHS[L - 1 - j], WIDTHS[L - j], STEPS[L - 1 - j], STEPS[L - j],
-                    BR, BLOCKS[L - 1 - j], BI, PRECISION,
+                _mlp.hidden_gradient(
+                    w, after, source, target, slope, 0.0, WIDTHS[L - 1 - j], WIDTHS[L - j], STRIDES[L - 1 - j],
+                    STRIDES[L - j], BR, BLOCKS[L - 1 - j], BI, False, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()
                 if j < L - 1:
                     w -= WIDTHS[L - 1 - j] * (WIDTHS[L - 2 - j] + 1)
                     g -= WIDTHS[L - 1 - j] * (WIDTHS[L - 2 - j] + 1)
-                    source -= BR * STEPS[L - 2 - j]
+                    source -= BR * STRIDES[L - 2 - j]
                 swap = after
                 after = target
                 target = swap
-            own_coords = grad_coords + (tl.full((), share, tl.int64) if SHARED else b) * H * points
+            own_coords = grad_coords_ptr + (tl.full((), share, tl.int64) if SHARED else b) * H * points
             _first_gradient(
-                own_coords, first | (not SHARED), grad_shift + (group * batch + b) * H, first_tile, mine, fresh, after,
-                y, at, row, points, H, STEPS[0], C, BR, BLOCKS[0],
+                own_coords, first | (not SHARED), grad_shift_ptr + (group * batch + b) * H, first_tile, mine, fresh,
+                after, y, at, row, points, H, STRIDES[0], C, BR, BLOCKS[0],
             )  # fmt: skip
-            if grad_values is not None:
-                to_values = grad_values + b * points * C
-                _value_gradient(to_values, after, parameters, row, points, H, STEPS[0], C, BR, BLOCKS[0])
+            if grad_values_ptr is not None:
+                to_values = grad_values_ptr + b * points * C
+                _value_gradient(to_values, after, parameters_ptr, row, points, H, STRIDES[0], C, BR, BLOCKS[0])
             tl.debug_barrier()
 
 
 @triton.jit
 def _first_gradient(
     to_coords, first, to_shift, first_tile, to_weight, fresh, grad, values, at, row, points, H: tl.constexpr,
-    STEP: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
+    STRIDE: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of what the first layer is a sum of: coordinates' part, shift and the values' weight."""
-    for j in tl.range(0, STEP, BO, num_stages=1, disable_licm=True):
+    for j in tl.range(0, STRIDE, BO, num_stages=1, disable_licm=True):
         c = j + tl.arange(0, BO)
         known = c < H
         inside = known[None, :] & (row < points)[:, None]
-        d = tl.load(_blocks.at(grad, 0, j, STEP, BR, BO))
+        d = tl.load(_blocks.at(grad, 0, j, STRIDE, BR, BO))
         to = to_coords + c.to(tl.int64)[None, :] * points + row[:, None]
         tl.store(to, d + tl.load(to, mask=inside & (not first), other=0.0), mask=inside)
         shifted = tl.load(to_shift + c, mask=known & (not first_tile), other=0.0)
@@ -226,58 +211,23 @@ def _first_gradient(
 
 @triton.jit
 def _value_gradient(
-    to, grad, weight, row, points, H: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr, BR: tl.constexpr,
+    to, grad, weight, row, points, H: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr, BR: tl.constexpr,
     BO: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the values of the rows."""
     for i in range(C):
         total = tl.zeros((BR,), tl.float32)
-        for j in tl.range(0, STEP, BO, num_stages=1, disable_licm=True):
+        for j in tl.range(0, STRIDE, BO, num_stages=1, disable_licm=True):
             c = j + tl.arange(0, BO)
             v = tl.load(weight + c * C + i, mask=c < H, other=0.0)
-            total += tl.sum(tl.load(_blocks.at(grad, 0, j, STEP, BR, BO)) * v[None, :], 1)
+            total += tl.sum(tl.load(_blocks.at(grad, 0, j, STRIDE, BR, BO)) * v[None, :], 1)
         tl.store(to + row.to(tl.int64) * C + i, total, mask=row < points)
-
-
-@triton.jit
-def _weight_gradient(
-    to, grad, before, fresh, slope, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, STEP_OUT: tl.constexpr,
-    BR: tl.constexpr, BO: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients of a layer's weights [OUT, IN] and biases, summed over the rows of the tile."""
-    for j in tl.range(0, STEP_OUT, BO, num_stages=1, disable_licm=True):
-        bias = tl.zeros((1, BO), tl.float32)
-        for r in range(0, BR, BI):
-            bias += tl.sum(tl.load(_blocks.at(grad, r, j, STEP_OUT, BI, BO)), 0)[None, :]
-        _blocks.accumulate(to + OUT * IN, 0, j, bias, fresh, 1, OUT, OUT, 1, BO)
-        for i in tl.range(0, STEP, BJ, num_stages=1, disable_licm=True):
-            acc = tl.zeros((BO, BJ), tl.float32)
-            for r in range(0, BR, BI):
-                d = tl.load(_blocks.at(grad, r, j, STEP_OUT, BI, BO))
-                h = _math.activate(tl.load(_blocks.at(before, r, i, STEP, BI, BJ)), slope, 0.0, False)
-                acc = _math.dot(tl.trans(d), h, acc, PRECISION)
-            _blocks.accumulate(to, j, i, acc, fresh, OUT, IN, IN, BO, BJ)
-
-
-@triton.jit
-def _hidden_gradient(
-    w, grad, before, to, slope, IN: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr, STEP_OUT: tl.constexpr,
-    BR: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient before the activation, to scratch, from that of the next layer's outputs."""
-    for i in tl.range(0, STEP, BJ, num_stages=1, disable_licm=True):
-        acc = tl.zeros((BR, BJ), tl.float32)
-        for j in range(0, STEP_OUT, BI):
-            d = tl.load(_blocks.at(grad, 0, j, STEP_OUT, BR, BI))
-            acc = _math.dot(d, _blocks.matrix(w, j, i, OUT, IN, IN, BI, BJ), acc, PRECISION)
-        h = tl.load(_blocks.at(before, 0, i, STEP, BR, BJ))
-        tl.store(_blocks.at(to, 0, i, STEP, BR, BJ), _math.activate_backward(acc, h, slope, 0.0, False))
 
 
 @kernel
 def kl_forward(
-    log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, mask, mask_b, mask_n, q, kl, points, batch, splits, K: tl.constexpr,
-    BN: tl.constexpr,
+    log_q_ptr, stride_q_b, stride_q_k, stride_q_n, log_p_ptr, stride_p_b, stride_p_k, stride_p_n, mask_ptr,
+    stride_mask_b, stride_mask_n, q_ptr, kl_ptr, points, batch, splits, K: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """q [B, K, N] and the divergences [splits, B]. A program has a function and a share of its steps of BN points."""
     b = (tl.program_id(0) % batch).to(tl.int64)
@@ -289,22 +239,23 @@ def kl_forward(
         n = tile * BN + tl.arange(0, BN).to(tl.int64)
         there = n < points
         seen = there
-        if mask is not None:
-            seen = there & (tl.load(mask + b * mask_b + n * mask_n, mask=there, other=0) != 0)
+        if mask_ptr is not None:
+            seen = there & (tl.load(mask_ptr + b * stride_mask_b + n * stride_mask_n, mask=there, other=0) != 0)
         for component in range(K):
             k = tl.full((), component, tl.int64)
-            log_q_n = tl.load(log_q + b * q_b + k * q_k + n * q_n, mask=seen, other=float("-inf"))
-            log_p_n = tl.load(log_p + b * p_b + k * p_k + n * p_n, mask=seen, other=0.0)
+            from_q = log_q_ptr + b * stride_q_b + k * stride_q_k + n * stride_q_n
+            log_q_n = tl.load(from_q, mask=seen, other=float("-inf"))
+            log_p_n = tl.load(log_p_ptr + b * stride_p_b + k * stride_p_k + n * stride_p_n, mask=seen, other=0.0)
             value = tl.exp(log_q_n)
-            tl.store(q + (b * K + k) * points + n, value, mask=there)
+            tl.store(q_ptr + (b * K + k) * points + n, value, mask=there)
             total += tl.where(value == 0.0, 0.0, value * (log_q_n - log_p_n))
-    tl.store(kl + tl.program_id(0), tl.sum(total, 0))
+    tl.store(kl_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
 @kernel
 def kl_train(
-    grad_q, grad_kl, q, log_q, q_b, q_k, q_n, log_p, p_b, p_k, p_n, by_log_q, by_log_p, points, K: tl.constexpr,
-    BN: tl.constexpr,
+    grad_q_ptr, grad_kl_ptr, q_ptr, log_q_ptr, stride_q_b, stride_q_k, stride_q_n, log_p_ptr, stride_p_b,
+    stride_p_k, stride_p_n, grad_log_q_ptr, grad_log_p_ptr, points, K: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients [B, K, N] of both log-probabilities. A program has BN points of a function and a component."""
     tiles = tl.cdiv(points, BN)
@@ -314,13 +265,13 @@ def kl_train(
     n = tl.program_id(0) % tiles * BN + tl.arange(0, BN).to(tl.int64)
     there = n < points
     at = pair * points + n
-    by_kl = tl.load(grad_kl + b)
-    value = tl.load(q + at, mask=there, other=0.0)
-    log_q_n = tl.load(log_q + b * q_b + k * q_k + n * q_n, mask=there, other=0.0)
-    log_p_n = tl.load(log_p + b * p_b + k * p_k + n * p_n, mask=there, other=0.0)
-    by_q = tl.load(grad_q + at, mask=there, other=0.0) + by_kl * (log_q_n - log_p_n + 1.0)
-    tl.store(by_log_q + at, tl.where(value == 0.0, 0.0, value * by_q), mask=there)
-    tl.store(by_log_p + at, -by_kl * value, mask=there)
+    by_kl = tl.load(grad_kl_ptr + b)
+    value = tl.load(q_ptr + at, mask=there, other=0.0)
+    log_q_n = tl.load(log_q_ptr + b * stride_q_b + k * stride_q_k + n * stride_q_n, mask=there, other=0.0)
+    log_p_n = tl.load(log_p_ptr + b * stride_p_b + k * stride_p_k + n * stride_p_n, mask=there, other=0.0)
+    by_q = tl.load(grad_q_ptr + at, mask=there, other=0.0) + by_kl * (log_q_n - log_p_n + 1.0)
+    tl.store(grad_log_q_ptr + at, tl.where(value == 0.0, 0.0, value * by_q), mask=there)
+    tl.store(grad_log_p_ptr + at, -by_kl * value, mask=there)
 
 
 def gating(
@@ -399,7 +350,7 @@ def constants(chosen: Plan, widths: Sequence[int], channels: int, bounded: bool,
         "C": channels,
         "L": len(widths) - 1,
         "WIDTHS": tuple(widths),
-        "STEPS": chosen.widths,
+        "STRIDES": chosen.widths,
         "BLOCKS": chosen.outputs,
         "MOST": max(chosen.widths),
         "TOTAL": sum(chosen.widths),

@@ -70,12 +70,23 @@ def plan(op: str, batch: int, points: int, widths: Sequence[int], precision: str
     programs = device.programs(REGISTERS, warps)
     if training:
         groups, shares = _cut(tiles, batch, programs)
-        scratch = rows * (sum(padded) + 2 * max(padded))
-        return Plan(
-            rows, inputs, outputs, padded, tiles, warps, stages, groups, shares, groups * shares, scratch
-        )  # fmt: skip
-    programs, scratch = min(programs, tiles * batch), 2 * rows * max(padded)
-    return Plan(rows, inputs, outputs, padded, tiles, warps, stages, tiles, batch, programs, scratch)
+        programs, scratch = groups * shares, rows * (sum(padded) + 2 * max(padded))
+    else:
+        groups, shares = tiles, batch
+        programs, scratch = min(programs, tiles * batch), 2 * rows * max(padded)
+    return Plan(
+        rows=rows,
+        inputs=inputs,
+        outputs=outputs,
+        widths=padded,
+        tiles=tiles,
+        warps=warps,
+        stages=stages,
+        groups=groups,
+        shares=shares,
+        programs=programs,
+        scratch=scratch,
+    )
 
 
 def kl_splits(batch: int, points: int, device: Device) -> int:

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vamoh._cache import version
 
-from . import _blocks, _math
+from . import _blocks, _math, _mlp
 from ._launch import device_of, kernel, on, products
 from .inr_mixture_plan import REGISTERS, Plan, plan
 
@@ -92,40 +92,14 @@ def _first_layer(
             tl.store(_blocks.at(to, 0, j, HS, BP, BO), even)
 
 
-@triton.jit
-def _hidden_layer(
-    w, bias, before, to, slope, omega, H: tl.constexpr, HS: tl.constexpr,
-    BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SINE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The next layer's values before the activation from this one's, scratch to scratch."""
-    for j in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
-        acc = tl.zeros((BR, BO), tl.float32)
-        for i in range(0, HS, BI):
-            h = _math.activate(tl.load(_blocks.at(before, 0, i, HS, BR, BI)), slope, omega, SINE)
-            acc = _math.dot(h, tl.trans(_blocks.matrix(w, j, i, H, H, H, BO, BI)), acc, PRECISION)
-        tl.store(_blocks.at(to, 0, j, HS, BR, BO), acc + _blocks.bias(bias, j, H, BO))
-
-
-@triton.jit
-def _output_layer(
-    w, bias, before, slope, omega, H: tl.constexpr, HS: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    BR: tl.constexpr, BI: tl.constexpr, SINE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Outputs [BR, CP]."""
-    acc = tl.zeros((BR, CP), tl.float32)
-    for i in range(0, HS, BI):
-        h = _math.activate(tl.load(_blocks.at(before, 0, i, HS, BR, BI)), slope, omega, SINE)
-        acc = _math.dot(h, tl.trans(_blocks.matrix(w, 0, i, C, H, H, CP, BI)), acc, PRECISION)
-    return acc + _blocks.bias(bias, 0, C, CP)
-
-
 @kernel
 def forward(
-    theta, theta_b, theta_k, features, features_b, first, second, values, scale, log_pi, log_pi_k, log_pi_n,
-    out, out_map, scratch, half_bin, epsilon, slope, omega, points, rows_total, tiles, batch, components, groups,
-    E: tl.constexpr, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr, HS: tl.constexpr, CP: tl.constexpr,
-    BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, MIRROR: tl.constexpr, SINE: tl.constexpr,
-    KIND: tl.constexpr, OPEN_ENDS: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    theta_ptr, stride_theta_b, stride_theta_k, features_ptr, stride_features_b, first_ptr, second_ptr, values_ptr,
+    scale_ptr, log_pi_ptr, stride_pi_k, stride_pi_n, out_ptr, out_map_ptr, scratch_ptr, half_bin, epsilon, slope,
+    omega, points, rows_total, tiles, batch, components, groups, E: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
+    C: tl.constexpr, HS: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    MIRROR: tl.constexpr, SINE: tl.constexpr, KIND: tl.constexpr, OPEN_ENDS: tl.constexpr, PADDED: tl.constexpr,
+    MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """MODE "outputs": out [B, K, N, C]; "log_likelihood": out [B, K, N]; "mean": out, out_map [B, N, C].
 
@@ -135,101 +109,61 @@ def forward(
     OUTPUT: tl.constexpr = H * E + (L - 1) * H * H
     BIASES: tl.constexpr = OUTPUT + C * H
     c = tl.arange(0, CP)[None, :]
-    one = scratch + tl.program_id(0).to(tl.int64) * (2 * BR * HS)
+    one = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * BR * HS)
     two = one + BR * HS
     each = tl.cdiv(components, groups)
     for item in tl.range(tl.program_id(0), tiles * groups * batch, tl.num_programs(0), num_stages=1, disable_licm=True):
         row0 = (item % tiles) * BP
         group = (item // tiles) % groups
         b = tl.full((), item // tiles // groups, tl.int64)
-        at, there = _rows(first, second, row0, rows_total, BR, MIRROR)
-        leading, known = _leading(first, row0, rows_total, BP, MIRROR)
+        at, there = _rows(first_ptr, second_ptr, row0, rows_total, BR, MIRROR)
+        leading, known = _leading(first_ptr, row0, rows_total, BP, MIRROR)
         shown = there[:, None] & (c < C)
         if MODE == "log_likelihood":
-            y = tl.load(values + (b * points + at)[:, None] * C + c, mask=shown, other=0.0)
+            y = tl.load(values_ptr + (b * points + at)[:, None] * C + c, mask=shown, other=0.0)
         mixed = tl.zeros((BR, CP), tl.float32)
         likely = tl.zeros((BR, CP), tl.float32)
         best = tl.full((BR,), float("-inf"), tl.float32)
         for k in tl.range(group * each, tl.minimum(group * each + each, components), num_stages=1, disable_licm=True):
-            t = theta + b * theta_b + k * theta_k
+            t = theta_ptr + b * stride_theta_b + k * stride_theta_k
             pair = b * components + k
-            x = features + b * features_b
+            x = features_ptr + b * stride_features_b
             _first_layer(t, t + BIASES, x, leading, known, one, E, H, HS, BP, BO, BI, MIRROR, PRECISION)
             tl.debug_barrier()
             source = one
             target = two
             for layer in tl.range(1, L, num_stages=1, disable_licm=True):
                 w = t + H * E + (layer - 1) * H * H
-                _hidden_layer(
-                    w, t + BIASES + layer * H, source, target, slope, omega, H, HS, BR, BO, BI, SINE, PRECISION
+                _mlp.hidden_layer(
+                    w, t + BIASES + layer * H, source, target, slope, omega, H, H, HS, HS, BR, BO, BI, SINE, PRECISION
                 )
                 tl.debug_barrier()
                 swap = source
                 source = target
                 target = swap
-            logits = _output_layer(
-                t + OUTPUT, t + BIASES + L * H, source, slope, omega, H, HS, C, CP, BR, BI, SINE, PRECISION
+            logits = _mlp.layer(
+                t + OUTPUT, t + BIASES + L * H, source, slope, omega, 0, H, C, HS, BR, CP, BI, SINE, PRECISION
             )
             tl.debug_barrier()
             if MODE == "outputs":
-                tl.store(out + (pair * points + at)[:, None] * C + c, logits, mask=shown)
+                tl.store(out_ptr + (pair * points + at)[:, None] * C + c, logits, mask=shown)
             elif MODE == "log_likelihood":
                 width = 1.0
                 if KIND == "logistic":
-                    width = tl.load(scale + k * C + c, mask=c < C, other=1.0)
+                    width = tl.load(scale_ptr + k * C + c, mask=c < C, other=1.0)
                 log_p, _, _ = _math.score(logits, y, width, half_bin, epsilon, KIND, OPEN_ENDS, PADDED)
-                tl.store(out + pair * points + at, tl.sum(tl.where(c < C, log_p, 0.0), 1), mask=there)
+                tl.store(out_ptr + pair * points + at, tl.sum(tl.where(c < C, log_p, 0.0), 1), mask=there)
             else:
                 mean = _math.mean_of(logits, KIND)
-                share = tl.load(log_pi + pair * log_pi_k + at * log_pi_n, mask=there, other=0.0)
+                share = tl.load(log_pi_ptr + pair * stride_pi_k + at * stride_pi_n, mask=there, other=0.0)
                 better = (k == 0) | (share > best)
                 best = tl.where(better, share, best)
                 likely = tl.where(better[:, None], mean, likely)
                 mixed += tl.exp(share)[:, None] * mean
         if MODE == "mean":
             to = (b * points + at)[:, None] * C + c
-            tl.store(out + to, mixed, mask=shown)
-            tl.store(out_map + to, likely, mask=shown)
-
-
-@triton.jit
-def _hidden_gradient(
-    w, grad, before, to, slope, omega, OUT: tl.constexpr, STEP: tl.constexpr, H: tl.constexpr, HS: tl.constexpr,
-    BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SINE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient before the activation, to scratch, from that of the next layer's OUT values, in rows STEP apart."""
-    for i in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
-        acc = tl.zeros((BR, BO), tl.float32)
-        for j in range(0, STEP, BI):
-            acc = _math.dot(
-                tl.load(_blocks.at(grad, 0, j, STEP, BR, BI)),
-                _blocks.matrix(w, j, i, OUT, H, H, BI, BO),
-                acc,
-                PRECISION,
-            )
-        acc = _math.activate_backward(acc, tl.load(_blocks.at(before, 0, i, HS, BR, BO)), slope, omega, SINE)
-        tl.store(_blocks.at(to, 0, i, HS, BR, BO), acc)
-
-
-@triton.jit
-def _weight_gradient(
-    to, to_bias, grad, before, fresh, slope, omega, OUT: tl.constexpr, STEP: tl.constexpr, H: tl.constexpr,
-    HS: tl.constexpr, TILE: tl.constexpr, BJ: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SINE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients of a layer's weights [OUT, H] and biases, summed over the rows of the tile."""
-    for j in tl.range(0, STEP, BJ, num_stages=1, disable_licm=True):
-        bias = tl.zeros((1, BJ), tl.float32)
-        for r in range(0, TILE, BI):
-            bias += tl.sum(tl.load(_blocks.at(grad, r, j, STEP, BI, BJ)), 0)[None, :]
-        _blocks.accumulate(to_bias, 0, j, bias, fresh, 1, OUT, OUT, 1, BJ)
-        for i in tl.range(0, HS, BO, num_stages=1, disable_licm=True):
-            acc = tl.zeros((BJ, BO), tl.float32)
-            for r in range(0, TILE, BI):
-                d = tl.load(_blocks.at(grad, r, j, STEP, BI, BJ))
-                h = _math.activate(tl.load(_blocks.at(before, r, i, HS, BI, BO)), slope, omega, SINE)
-                acc = _math.dot(tl.trans(d), h, acc, PRECISION)
-            _blocks.accumulate(to, j, i, acc, fresh, OUT, H, H, BJ, BO)
+            tl.store(out_ptr + to, mixed, mask=shown)
+            tl.store(out_map_ptr + to, likely, mask=shown)
 
 
 @triton.jit
@@ -262,15 +196,16 @@ def _first_gradient(
 
 @kernel
 def train(
-    theta, theta_b, theta_k, features, features_b, first, second, values, weights, scale, log_p_out, grad_theta,
-    grad_scale, totals, scratch, half_bin, epsilon, slope, omega, points, rows_total, tiles, pairs, components, splits,
-    E: tl.constexpr, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr, HS: tl.constexpr, CP: tl.constexpr,
-    TILE: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, MIRROR: tl.constexpr, SINE: tl.constexpr,
-    KIND: tl.constexpr, OPEN_ENDS: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    theta_ptr, stride_theta_b, stride_theta_k, features_ptr, stride_features_b, first_ptr, second_ptr, values_ptr,
+    weights_ptr, scale_ptr, log_p_out_ptr, grad_theta_ptr, grad_scale_ptr, totals_ptr, scratch_ptr, half_bin,
+    epsilon, slope, omega, points, rows_total, tiles, pairs, components, splits, E: tl.constexpr, H: tl.constexpr,
+    L: tl.constexpr, C: tl.constexpr, HS: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr, BR: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, MIRROR: tl.constexpr, SINE: tl.constexpr, KIND: tl.constexpr,
+    OPEN_ENDS: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients summed over the points of a share of the tiles, one share per split, and what belongs to them.
 
-    MODE "outputs_backward": `values` are the gradients of the outputs [B, K, N, C], the result is grad_theta
+    MODE "outputs_backward": `values_ptr` holds the gradients of the outputs [B, K, N, C], the result is grad_theta
     [splits, B·K, P]. MODE "expected": also log_p_out [B, K, N], grad_scale [splits, B·K, C] and totals [splits, B·K],
     the sums of weights · log-likelihood. An item of work is a function, a component and a split.
     """
@@ -281,7 +216,7 @@ def train(
     LAYER: tl.constexpr = TILE * HS
     c = tl.arange(0, CP)[None, :]
     oc = tl.arange(0, CP)
-    before = scratch + tl.program_id(0).to(tl.int64) * (2 * L * LAYER + TILE * CP)
+    before = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * L * LAYER + TILE * CP)
     grads = before + L * LAYER
     grad_out = grads + L * LAYER
     each = tl.cdiv(tiles, splits)
@@ -290,12 +225,12 @@ def train(
         pair = tl.full((), item % pairs, tl.int64)
         b = pair // components
         k = pair % components
-        t = theta + b * theta_b + k * theta_k
-        x = features + b * features_b
-        g = grad_theta + tl.full((), item, tl.int64) * (BIASES + L * H + C)
+        t = theta_ptr + b * stride_theta_b + k * stride_theta_k
+        x = features_ptr + b * stride_features_b
+        g = grad_theta_ptr + tl.full((), item, tl.int64) * (BIASES + L * H + C)
         width = 1.0
         if KIND == "logistic":
-            width = tl.load(scale + k * C + c, mask=c < C, other=1.0)
+            width = tl.load(scale_ptr + k * C + c, mask=c < C, other=1.0)
         by_scale = tl.zeros((CP,), tl.float32)
         total = tl.zeros((BR,), tl.float32)
         for tile in tl.range(split * each, tl.minimum(split * each + each, tiles), num_stages=1, disable_licm=True):
@@ -303,29 +238,31 @@ def train(
             tile0 = tile * (TILE // SIDES)
             for r in tl.range(0, TILE, BR, num_stages=1, disable_licm=True):
                 row0 = tile0 + r // SIDES
-                at, there = _rows(first, second, row0, rows_total, BR, MIRROR)
-                leading, known = _leading(first, row0, rows_total, BP, MIRROR)
+                at, there = _rows(first_ptr, second_ptr, row0, rows_total, BR, MIRROR)
+                leading, known = _leading(first_ptr, row0, rows_total, BP, MIRROR)
                 pre = before + r * HS
                 _first_layer(t, t + BIASES, x, leading, known, pre, E, H, HS, BP, BO, BI, MIRROR, PRECISION)
                 tl.debug_barrier()
                 for layer in tl.range(1, L, num_stages=1, disable_licm=True):
                     w = t + H * E + (layer - 1) * H * H
                     to = pre + LAYER
-                    _hidden_layer(w, t + BIASES + layer * H, pre, to, slope, omega, H, HS, BR, BO, BI, SINE, PRECISION)
+                    _mlp.hidden_layer(
+                        w, t + BIASES + layer * H, pre, to, slope, omega, H, H, HS, HS, BR, BO, BI, SINE, PRECISION
+                    )
                     tl.debug_barrier()
                     pre = to
                 shown = there[:, None] & (c < C)
                 if MODE == "outputs_backward":
-                    grad = tl.load(values + (pair * points + at)[:, None] * C + c, mask=shown, other=0.0)
+                    grad = tl.load(values_ptr + (pair * points + at)[:, None] * C + c, mask=shown, other=0.0)
                 else:
-                    logits = _output_layer(
-                        t + OUTPUT, t + BIASES + L * H, pre, slope, omega, H, HS, C, CP, BR, BI, SINE, PRECISION
+                    logits = _mlp.layer(
+                        t + OUTPUT, t + BIASES + L * H, pre, slope, omega, 0, H, C, HS, BR, CP, BI, SINE, PRECISION
                     )
-                    y = tl.load(values + (b * points + at)[:, None] * C + c, mask=shown, other=0.0)
+                    y = tl.load(values_ptr + (b * points + at)[:, None] * C + c, mask=shown, other=0.0)
                     log_p, grad, scaled = _math.score(logits, y, width, half_bin, epsilon, KIND, OPEN_ENDS, PADDED)
                     log_p = tl.sum(tl.where(c < C, log_p, 0.0), 1)
-                    tl.store(log_p_out + pair * points + at, log_p, mask=there)
-                    q = tl.load(weights + pair * points + at, mask=there, other=0.0)
+                    tl.store(log_p_out_ptr + pair * points + at, log_p, mask=there)
+                    q = tl.load(weights_ptr + pair * points + at, mask=there, other=0.0)
                     total += tl.where(there, q * log_p, 0.0)
                     by_scale += tl.sum(tl.where(shown, q[:, None] * scaled, 0.0), 0)
                     grad = tl.where(shown, q[:, None] * grad, 0.0)
@@ -333,33 +270,36 @@ def train(
                 tl.debug_barrier()
                 to = grads + (L - 1) * LAYER + r * HS
                 w = t + OUTPUT
-                _hidden_gradient(w, grad_out + r * CP, pre, to, slope, omega, C, CP, H, HS, BR, BO, 16, SINE, PRECISION)
+                _mlp.hidden_gradient(
+                    w, grad_out + r * CP, pre, to, slope, omega, H, C, HS, CP, BR, BO, 16, SINE, PRECISION
+                )
                 tl.debug_barrier()
                 for _ in tl.range(1, L, num_stages=1, disable_licm=True):
                     w = w - H * H
                     pre = pre - LAYER
                     after = to
                     to = to - LAYER
-                    _hidden_gradient(w, after, pre, to, slope, omega, H, HS, H, HS, BR, BO, BI, SINE, PRECISION)
+                    _mlp.hidden_gradient(w, after, pre, to, slope, omega, H, H, HS, HS, BR, BO, BI, SINE, PRECISION)
                     tl.debug_barrier()
-            _weight_gradient(
+            _mlp.weight_gradient(
                 g + OUTPUT, g + BIASES + L * H, grad_out, before + (L - 1) * LAYER, fresh, slope, omega,
-                C, CP, H, HS, TILE, CP, BO, BI, SINE, PRECISION,
+                H, C, HS, CP, TILE, CP, BO, BI, SINE, PRECISION,
             )  # fmt: skip
             for layer in tl.range(1, L, num_stages=1, disable_licm=True):
                 w = g + H * E + (layer - 1) * H * H
                 pre = before + (layer - 1) * LAYER
-                _weight_gradient(
+                _mlp.weight_gradient(
                     w, g + BIASES + layer * H, grads + layer * LAYER, pre, fresh, slope, omega,
-                    H, HS, H, HS, TILE, BO, BO, BI, SINE, PRECISION,
+                    H, H, HS, HS, TILE, BO, BO, BI, SINE, PRECISION,
                 )  # fmt: skip
             _first_gradient(
-                g, g + BIASES, grads, x, first, tile0, rows_total, fresh, E, H, HS, TILE, BR, BO, BI, MIRROR, PRECISION
-            )
+                g, g + BIASES, grads, x, first_ptr, tile0, rows_total, fresh, E, H, HS, TILE, BR, BO, BI, MIRROR,
+                PRECISION,
+            )  # fmt: skip
             tl.debug_barrier()
         if MODE == "expected":
-            tl.store(grad_scale + tl.full((), item, tl.int64) * C + oc, by_scale, mask=oc < C)
-            tl.store(totals + item, tl.sum(total, 0))
+            tl.store(grad_scale_ptr + tl.full((), item, tl.int64) * C + oc, by_scale, mask=oc < C)
+            tl.store(totals_ptr + item, tl.sum(total, 0))
 
 
 def outputs(

@@ -121,19 +121,19 @@ def plan(
         items = count * batch * groups
         scratch = 2 * rows * hidden
         return Plan(
-            rows,
-            outputs,
-            inputs,
-            hidden,
-            channels,
-            rows,
-            count,
-            warps,
-            stages,
-            groups,
-            1,
-            min(programs, items),
-            scratch,
+            rows=rows,
+            outputs=outputs,
+            inputs=inputs,
+            hidden=hidden,
+            channels=channels,
+            tile=rows,
+            tiles=count,
+            warps=warps,
+            stages=stages,
+            groups=groups,
+            splits=1,
+            programs=min(programs, items),
+            scratch=scratch,
         )
     tile = rows
     while 2 * tile <= min(most_tile or MOST_TILE, count * rows):
@@ -146,19 +146,19 @@ def plan(
     shares = splits(pairs, tiles, programs, 4 * parameters)
     scratch = _train_scratch(tile, layers, hidden, channels)
     return Plan(
-        rows,
-        outputs,
-        inputs,
-        hidden,
-        channels,
-        tile,
-        tiles,
-        warps,
-        stages,
-        1,
-        shares,
-        min(programs, pairs * shares),
-        scratch,
+        rows=rows,
+        outputs=outputs,
+        inputs=inputs,
+        hidden=hidden,
+        channels=channels,
+        tile=tile,
+        tiles=tiles,
+        warps=warps,
+        stages=stages,
+        groups=1,
+        splits=shares,
+        programs=min(programs, pairs * shares),
+        scratch=scratch,
     )
 
 

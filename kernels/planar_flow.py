@@ -142,18 +142,19 @@ def _inverse(
 
 @kernel
 def forward(
-    x, mean, std, noise, seed, u, gain, w, b, loc, log_scale, out, drawn, scratch, slope, samples, batch, layers, tiles,
-    splits, constant, Z: tl.constexpr, ZP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
+    x_ptr, mean_ptr, std_ptr, noise_ptr, seed_ptr, u_ptr, gain_ptr, w_ptr, b_ptr, loc_ptr, log_scale_ptr, out_ptr,
+    drawn_ptr, scratch_ptr, slope, samples, batch, layers, tiles, splits, constant, Z: tl.constexpr,
+    ZP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """MODE "log_prob": out [S] of x [S, Z]; "sample": also `drawn` [S, Z], with x the noise; batch 1 for both.
+    """MODE "log_prob": out [S] of x [S, Z]; "sample": also `drawn_ptr` [S, Z], with x the noise; batch 1 for both.
 
     MODE "value": out [splits, B], sums of the log-densities over a share of the samples. An item of work is a function
     and a share of its tiles.
     """
-    table = scratch + tl.program_id(0) * (4 * layers)
-    _tabulate(table, gain, slope, layers)
-    middle = _row(loc, Z, ZP)
-    width = _row(log_scale, Z, ZP)
+    table = scratch_ptr + tl.program_id(0) * (4 * layers)
+    _tabulate(table, gain_ptr, slope, layers)
+    middle = _row(loc_ptr, Z, ZP)
+    width = _row(log_scale_ptr, Z, ZP)
     constant -= tl.sum(width)
     z = tl.arange(0, ZP)[None, :]
     each = tl.cdiv(tiles, splits)
@@ -167,26 +168,26 @@ def forward(
             there = s < samples
             s = tl.minimum(s, samples - 1)
             if MODE == "sample":
-                base = _rows(x, s.to(tl.int64), Z, ZP)
+                base = _rows(x_ptr, s.to(tl.int64), Z, ZP)
                 log_p = constant - 0.5 * tl.sum(base * base, 1)
                 v = tl.exp(width) * base + middle
                 for t in range(layers):
-                    linear = tl.sum(v * _row(w + t * Z, Z, ZP), 1) + tl.load(b + t)
+                    linear = tl.sum(v * _row(w_ptr + t * Z, Z, ZP), 1) + tl.load(b_ptr + t)
                     low = linear < 0
                     log_p -= tl.where(low, tl.load(table + 3 * layers + t), tl.load(table + 2 * layers + t))
-                    v += tl.where(low, slope * linear, linear)[:, None] * _row(u + t * Z, Z, ZP)
-                tl.store(drawn + s.to(tl.int64)[:, None] * Z + z, v, mask=there[:, None] & (z < Z))
+                    v += tl.where(low, slope * linear, linear)[:, None] * _row(u_ptr + t * Z, Z, ZP)
+                tl.store(drawn_ptr + s.to(tl.int64)[:, None] * Z + z, v, mask=there[:, None] & (z < Z))
             else:
-                v, _ = _drawn(x, mean, std, noise, seed, s, function, batch, BS, Z, ZP)
-                v, log_p = _inverse(v, u, w, b, table, None, layers, BS, Z, ZP)
+                v, _ = _drawn(x_ptr, mean_ptr, std_ptr, noise_ptr, seed_ptr, s, function, batch, BS, Z, ZP)
+                v, log_p = _inverse(v, u_ptr, w_ptr, b_ptr, table, None, layers, BS, Z, ZP)
                 standard = (v - middle) * tl.exp(-width)
                 log_p += constant - 0.5 * tl.sum(standard * standard, 1)
             if MODE == "value":
                 total += tl.where(there, log_p, 0.0)
             else:
-                tl.store(out + s, log_p, mask=there)
+                tl.store(out_ptr + s, log_p, mask=there)
         if MODE == "value":
-            tl.store(out + item, tl.sum(total, 0))
+            tl.store(out_ptr + item, tl.sum(total, 0))
 
 
 @triton.jit
@@ -204,23 +205,24 @@ def _add_one(to, x, fresh):
 
 @kernel
 def train(
-    x, mean, std, noise, seed, weights, u, gain, w, b, loc, log_scale, total_out, grad_x, grad_mean, grad_std, grad_u,
-    grad_gain, grad_w, grad_b, grad_loc, grad_log_scale, scratch, slope, share, samples, batch, layers, tiles, splits,
+    x_ptr, mean_ptr, std_ptr, noise_ptr, seed_ptr, weights_ptr, u_ptr, gain_ptr, w_ptr, b_ptr, loc_ptr,
+    log_scale_ptr, total_out_ptr, grad_x_ptr, grad_mean_ptr, grad_std_ptr, grad_u_ptr, grad_gain_ptr, grad_w_ptr,
+    grad_b_ptr, grad_loc_ptr, grad_log_scale_ptr, scratch_ptr, slope, share, samples, batch, layers, tiles, splits,
     constant, Z: tl.constexpr, ZP: tl.constexpr, BS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weighted log-densities, summed over a share of the samples: [splits, B, ...], those wanted.
 
-    MODE "backward": samples x [S, Z] with `weights` [S], batch 1, and grad_x [S, Z]. MODE "expected": every sample has
-    the weight `share`; also total_out [splits, B], the sums of the log-densities, grad_mean and grad_std. An item of
-    work is a function and a share of its tiles.
+    MODE "backward": samples x [S, Z] with `weights_ptr` [S], batch 1, and grad_x [S, Z]. MODE "expected": every sample
+    has the weight `share`; also total_out [splits, B], the sums of the log-densities, grad_mean and grad_std. An item
+    of work is a function and a share of its tiles.
     """
-    table = scratch + tl.program_id(0).to(tl.int64) * (layers * (4 + 3 * BS))
+    table = scratch_ptr + tl.program_id(0).to(tl.int64) * (layers * (4 + 3 * BS))
     kept_linear = table + 4 * layers
     kept_c = kept_linear + layers * BS
     kept_by_linear = kept_c + layers * BS
-    _tabulate(table, gain, slope, layers)
-    middle = _row(loc, Z, ZP)
-    width = _row(log_scale, Z, ZP)
+    _tabulate(table, gain_ptr, slope, layers)
+    middle = _row(loc_ptr, Z, ZP)
+    width = _row(log_scale_ptr, Z, ZP)
     inverse = tl.exp(-width)
     constant -= tl.sum(width)
     z = tl.arange(0, ZP)[None, :]
@@ -237,54 +239,54 @@ def train(
             s = tile * BS + row
             there = s < samples
             s = tl.minimum(s, samples - 1)
-            v, eps = _drawn(x, mean, std, noise, seed, s, function, batch, BS, Z, ZP)
-            v, log_p = _inverse(v, u, w, b, table, kept_linear, layers, BS, Z, ZP)
+            v, eps = _drawn(x_ptr, mean_ptr, std_ptr, noise_ptr, seed_ptr, s, function, batch, BS, Z, ZP)
+            v, log_p = _inverse(v, u_ptr, w_ptr, b_ptr, table, kept_linear, layers, BS, Z, ZP)
             standard = (v - middle) * inverse
             if MODE == "backward":
-                weight = tl.load(weights + s, mask=there, other=0.0)
+                weight = tl.load(weights_ptr + s, mask=there, other=0.0)
             else:
                 total += tl.where(there, log_p + constant - 0.5 * tl.sum(standard * standard, 1), 0.0)
                 weight = tl.where(there, share, 0.0)
             weighted = weight[:, None] * standard
             grad = -weighted * inverse
-            if grad_u is not None:
+            if grad_u_ptr is not None:
                 squares = weighted * standard - weight[:, None]
-                _add(grad_loc + own * Z, -tl.sum(grad, 0), fresh, Z, ZP)
-                _add(grad_log_scale + own * Z, tl.sum(squares, 0), fresh, Z, ZP)
+                _add(grad_loc_ptr + own * Z, -tl.sum(grad, 0), fresh, Z, ZP)
+                _add(grad_log_scale_ptr + own * Z, tl.sum(squares, 0), fresh, Z, ZP)
             tl.debug_barrier()
             for t in range(layers):
                 linear = tl.load(kept_linear + t * BS + row)
                 ratio = tl.where(linear < 0, tl.load(table + layers + t), tl.load(table + t))
-                u_row = _row(u + t * Z, Z, ZP)
+                u_row = _row(u_ptr + t * Z, Z, ZP)
                 by_c = -tl.sum(grad * u_row, 1)
                 by_linear = by_c * ratio
-                if grad_u is not None:
+                if grad_u_ptr is not None:
                     c = ratio * linear
                     at = own * layers + t
-                    _add(grad_u + at * Z, -tl.sum(c[:, None] * grad, 0), fresh, Z, ZP)
-                    _add_one(grad_gain + at, -tl.sum(ratio * (by_c * c + weight), 0), fresh)
-                    _add_one(grad_b + at, tl.sum(by_linear, 0), fresh)
+                    _add(grad_u_ptr + at * Z, -tl.sum(c[:, None] * grad, 0), fresh, Z, ZP)
+                    _add_one(grad_gain_ptr + at, -tl.sum(ratio * (by_c * c + weight), 0), fresh)
+                    _add_one(grad_b_ptr + at, tl.sum(by_linear, 0), fresh)
                     tl.store(kept_c + t * BS + row, c)
                     tl.store(kept_by_linear + t * BS + row, by_linear)
-                grad += by_linear[:, None] * _row(w + t * Z, Z, ZP)
-            if grad_x is not None:
-                tl.store(grad_x + s.to(tl.int64)[:, None] * Z + z, grad, mask=there[:, None] & (z < Z))
-            if grad_mean is not None:
-                _add(grad_mean + own * Z, tl.sum(grad, 0), fresh, Z, ZP)
-                _add(grad_std + own * Z, tl.sum(eps * grad, 0), fresh, Z, ZP)
+                grad += by_linear[:, None] * _row(w_ptr + t * Z, Z, ZP)
+            if grad_x_ptr is not None:
+                tl.store(grad_x_ptr + s.to(tl.int64)[:, None] * Z + z, grad, mask=there[:, None] & (z < Z))
+            if grad_mean_ptr is not None:
+                _add(grad_mean_ptr + own * Z, tl.sum(grad, 0), fresh, Z, ZP)
+                _add(grad_std_ptr + own * Z, tl.sum(eps * grad, 0), fresh, Z, ZP)
             tl.debug_barrier()
-            if grad_u is not None:
+            if grad_u_ptr is not None:
                 v = eps
-                if x is None:
-                    v = _row(mean + function * Z, Z, ZP) + _row(std + function * Z, Z, ZP) * eps
+                if x_ptr is None:
+                    v = _row(mean_ptr + function * Z, Z, ZP) + _row(std_ptr + function * Z, Z, ZP) * eps
                 for i in range(layers):
                     t = layers - 1 - i
                     by_linear = tl.load(kept_by_linear + t * BS + row)
-                    _add(grad_w + (own * layers + t) * Z, tl.sum(by_linear[:, None] * v, 0), fresh, Z, ZP)
-                    v -= tl.load(kept_c + t * BS + row)[:, None] * _row(u + t * Z, Z, ZP)
+                    _add(grad_w_ptr + (own * layers + t) * Z, tl.sum(by_linear[:, None] * v, 0), fresh, Z, ZP)
+                    v -= tl.load(kept_c + t * BS + row)[:, None] * _row(u_ptr + t * Z, Z, ZP)
                 tl.debug_barrier()
         if MODE == "expected":
-            tl.store(total_out + item, tl.sum(total, 0))
+            tl.store(total_out_ptr + item, tl.sum(total, 0))
 
 
 def log_prob(z: Tensor, parameters: Sequence[Tensor], slope: float) -> Tensor:

@@ -84,4 +84,12 @@ def plan(
     partial = 4 * (2 * layers * latent + 2 * layers + 4 * latent) if kernel == "train" else 0
     shares = splits(batch, tiles, programs, partial)
     scratch = layers * (4 + (3 * rows if kernel == "train" else 0))
-    return Plan(rows, width, tiles, warps, shares, min(programs, batch * shares), scratch)
+    return Plan(
+        rows=rows,
+        latent=width,
+        tiles=tiles,
+        warps=warps,
+        splits=shares,
+        programs=min(programs, batch * shares),
+        scratch=scratch,
+    )
