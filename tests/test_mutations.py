@@ -295,7 +295,7 @@ def run_mutations(
                 # An unknown key is answered with all that there are.
                 if len(message) >= (1000 if name.endswith(".yaml") else LONGEST):
                     end = f"a message of {len(message)} characters"
-                elif "\n" in message.strip() or "tensor(" in message:
+                elif "\n" in message.strip() or ("tensor(" in message and b"tensor(" not in content):
                     end = "a message of several lines or of tensors"
             except Exception as error:
                 end = f"{type(error).__name__}: {error}"
