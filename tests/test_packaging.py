@@ -25,7 +25,7 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 
 def run(*command: object, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VAMOH_", "PYTHONPATH"))} | env
-    result = subprocess.run([*map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True, timeout=240)
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True, timeout=900)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
