@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.precision import UNIT
 from tests.tiny import SIZES
 from vamoh import checkpoint
 from vamoh.config import BetaConfig, Config, ContextConfig, DataConfig, ModelConfig, TrainConfig, save_config
@@ -191,7 +192,8 @@ def test_a_step_is_that_of_one_process(
     assert any(g is None for g in expected) == (phase < 2)
     for a, b, c in zip(expected, found, other, strict=True):
         if a is not None:
-            assert norm([a - b]) <= 1e-6 * max(norm([a]), 0.01 * norm(expected))
+            # a small gradient may be what is left of terms as large as the whole one, each rounded
+            assert norm([a - b]) <= 1e-6 * norm([a]) + UNIT * norm(expected)
             assert torch.equal(b, c)
     difference = [None if a is None else a - b for a, b in zip(expected, found, strict=True)]
     assert norm(difference) <= 1e-6 * norm(expected)
