@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-// Only GCC understands `#pragma GCC target`; every other compiler builds the portable kernels alone.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// GCC and clang can compile a part of a file for another instruction set; other compilers build portable kernels alone.
+#if defined(__x86_64__) && defined(__GNUC__)
 #define VAMOH_X86 1
 #else
 #define VAMOH_X86 0

@@ -6,8 +6,12 @@
 #if VAMOH_X86
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
+#endif
 namespace {
 namespace avx512 {
 constexpr int kVectorBytes = 64;
@@ -16,10 +20,18 @@ constexpr int kVectorBytes = 64;
 #undef VAMOH_VECTOR_BITS
 }  // namespace avx512
 }  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#endif
 namespace {
 namespace avx2 {
 constexpr int kVectorBytes = 32;
@@ -28,7 +40,11 @@ constexpr int kVectorBytes = 32;
 #undef VAMOH_VECTOR_BITS
 }  // namespace avx2
 }  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif
 
 namespace {
