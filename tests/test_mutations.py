@@ -166,7 +166,7 @@ def readers(folder: Path) -> Iterator[tuple[str, list[bytes], Reader]]:
     def read_command(content: bytes) -> None:
         args = [word for word in content.decode("utf-8", "surrogateescape").split("\n") if "\0" not in word]
         said = io.StringIO()
-        with patch("vamoh.cli._run", lambda *_: 0), redirect_stderr(said), redirect_stdout(io.StringIO()):
+        with patch("vamoh.cli._run", lambda *_, **__: 0), redirect_stderr(said), redirect_stdout(io.StringIO()):
             status = main(args)
         if status == 0:
             return
