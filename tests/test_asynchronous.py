@@ -139,6 +139,7 @@ def _configs() -> Iterator[Any]:
         yield pytest.param("none", {"centroids": centroids}, hidden, id=f"context-{centroids}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mask", "model", "train"), list(_configs()))
 def test_no_step_waits(
     mask: str, model: dict[str, Any], train: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -176,6 +176,7 @@ def norm(tensors: list[torch.Tensor | None]) -> float:
     return float(torch.cat([t.flatten() for t in tensors if t is not None]).double().norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[name for name, *_ in CASES])
 @pytest.mark.parametrize("phase", range(len(PHASES)))
 def test_a_step_is_that_of_one_process(

@@ -132,6 +132,7 @@ def test_decoder(name, tmp_path):
         agree_decoded(program(z, coords), model, z, coords)
 
 
+@pytest.mark.slow
 def test_decoder_runs_without_vamoh(tmp_path):
     model, program = decoder("logistic")
     z, coords = inputs(3, 9)

@@ -53,6 +53,16 @@ class OnGpu(TorchDispatchMode):
 HOST_BACKENDS = ["cpu", "reference", "cuda-on-host"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs CUDA kernels on the host waits for a compiler."""
+    for item in items:
+        chosen = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        fixtures = getattr(item, "fixturenames", ())
+        if "cuda-on-host" in map(str, chosen) or {"cuda_on_host", "build_on_host"} & set(fixtures):
+            item.add_marker(pytest.mark.slow)
+
+
 def on_host(request: pytest.FixtureRequest) -> str:
     """Prepare the backend that the parameter names."""
     if request.param == "cpu" and native_unavailable():

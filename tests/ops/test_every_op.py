@@ -242,6 +242,7 @@ def test_contract_of_torch_library(op: str, monkeypatch: pytest.MonkeyPatch) -> 
         recorder.seen.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_compiled_is_the_same(op: str) -> None:
@@ -259,6 +260,7 @@ def test_compiled_is_the_same(op: str) -> None:
 DECODER = {"fourier_features", "gating", "linear", "inr_mixture", "inr_mixture_mean"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_exported_runs_without_vamoh(op: str) -> None:
