@@ -492,14 +492,14 @@ class VaMoH(nn.Module):
         else:
             check_tensor(where, "z", z, [points.batch, self.latent_dim], like=points.values)
         if posterior_at is None:
-            return self._decode(z, coords, progress)
+            return self._decode(self.hypernet(z), z, coords, progress)
         check_tensor(where, "posterior_at", posterior_at, [points.count], dtypes=[torch.int64])
         if posterior_at.numel() and (posterior_at.min() < 0 or posterior_at.max() >= coords.shape[-2]):
             raise ValueError(f"{where}: posterior_at must index the {coords.shape[-2]} coords")
+        theta = self.hypernet(z)
         if self.gating_posterior is None:
             place = self._geometry(points, search=False)
-            theta, log_p = self.hypernet(z), self._log_prior_c(place.features, z)
-            known = self._log_responsibilities(theta, place, points, log_p)
+            known = self._log_responsibilities(theta, place, points, self._log_prior_c(place.features, z))
         else:
             known = self.gating_posterior(features(points.coords, self.encoding, self._cache), z, points.values)
         observed = (
@@ -507,7 +507,7 @@ class VaMoH(nn.Module):
             if points.mask is None
             else points.mask.expand(points.batch, -1)
         )
-        return self._decode(z, coords, progress, (known, observed, posterior_at))
+        return self._decode(theta, z, coords, progress, (known, observed, posterior_at))
 
     @torch.no_grad()
     def complete(self, points: PointSet, *, neighborhoods: Neighborhoods | None = None) -> Tensor:
@@ -529,7 +529,7 @@ class VaMoH(nn.Module):
         check_type("decode", "progress", progress, bool)
         self._check_coords("decode", coords, z.shape[0])
         with torch.set_grad_enabled(torch.is_grad_enabled() and (z.requires_grad or coords.requires_grad)):
-            return self._decode(z, coords, progress, with_pi=with_pi)
+            return self._decode(self.hypernet(z), z, coords, progress, with_pi=with_pi)
 
     @torch.no_grad()
     def sample(self, count: int, coords: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
@@ -666,6 +666,7 @@ class VaMoH(nn.Module):
 
     def _decode(
         self,
+        theta: Tensor,
         z: Tensor,
         coords: Tensor,
         progress: bool,
@@ -702,7 +703,7 @@ class VaMoH(nn.Module):
             return every[..., index, :]
 
         return decode(
-            self.hypernet(z),
+            theta,
             coords.shape[-2],
             encode,
             log_pi,
