@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vamoh._checks import FLOATING, check_tensor, values_readable
 from vamoh.ops._autocast import float32_under_autocast
@@ -63,18 +64,47 @@ def neighbor_mean(features: Tensor, neighbors: Tensor) -> Tensor:
     where = "neighbor_mean"
     check_tensor(where, "features", features, ["B", "N", "C"], dtypes=FLOATING)
     _check_index(where, "neighbors", neighbors, ["B", "M", "S"], features)
-    batch, points, channels = features.shape
-    shared, centroids, count = neighbors.shape
+    batch, points, _ = features.shape
+    shared, _, count = neighbors.shape
     if shared not in (1, batch):
         raise ValueError(f"{where}: neighbors must have batch 1 or {batch}, got {shared}")
     if count == 0:
         raise ValueError(f"{where}: neighbors must hold at least 1 neighbour of a centroid, got 0")
     _check_range(where, neighbors, points)
-    if shared == 1:  # a row has the features of all functions
-        rows = features.transpose(0, 1).flatten(1)
-        return F.embedding_bag(neighbors[0], rows, mode="mean").view(centroids, batch, channels).transpose(0, 1)
-    index = neighbors + points * torch.arange(batch, device=neighbors.device)[:, None, None]
-    return F.embedding_bag(index.flatten(0, 1), features.flatten(0, 1), mode="mean").view(batch, centroids, channels)
+    mean: Tensor = _NeighborMean.apply(features, neighbors)
+    return mean
+
+
+class _NeighborMean(torch.autograd.Function):
+    """Both ways are sums over lists of rows; embedding_bag's own gradient sorts the lists of every function anew."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, neighbors: Tensor) -> Tensor:
+        ctx.save_for_backward(neighbors)
+        batch, ctx.points, channels = features.shape
+        index = _rows_of(neighbors, features).flatten(0, 1)
+        mean = F.embedding_bag(index, features.flatten(0, 1), mode="mean")
+        return mean.view(batch, neighbors.shape[1], channels)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (neighbors,) = ctx.saved_tensors
+        count, points = neighbors.shape[2], ctx.points
+        batch, _, channels = grad.shape
+        read = neighbors.flatten(1)
+        readers = read.argsort(dim=1, stable=True) // count  # centroids, by the point that they read
+        times = read.new_zeros(read.shape[0], points).scatter_add_(1, read, torch.ones_like(read))
+        starts = times.cumsum(1) - times + read.shape[1] * torch.arange(batch, device=grad.device)[:, None]
+        rows = (grad / count).flatten(0, 1)
+        total = F.embedding_bag(_rows_of(readers, grad).flatten(), rows, starts.flatten(), mode="sum")
+        return total.view(batch, points, channels), None
+
+
+def _rows_of(index: Tensor, batch: Tensor) -> Tensor:
+    """index [B|1, ...] into the rows of every item of batch [B, N, C], counted in all B·N."""
+    first = batch.shape[1] * torch.arange(batch.shape[0], device=batch.device)
+    return index + first.view(-1, *[1] * (index.dim() - 1))
 
 
 @float32_under_autocast
