@@ -71,7 +71,7 @@ def neighbor_mean(features: Tensor, neighbors: Tensor) -> Tensor:
     if count == 0:
         raise ValueError(f"{where}: neighbors must hold at least 1 neighbour of a centroid, got 0")
     _check_range(where, neighbors, points)
-    mean: Tensor = _NeighborMean.apply(features, neighbors)
+    mean: Tensor = _NeighborMean.apply(features, neighbors)  # type: ignore[no-untyped-call]
     return mean
 
 
@@ -87,7 +87,7 @@ class _NeighborMean(torch.autograd.Function):
         return mean.view(batch, neighbors.shape[1], channels)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (neighbors,) = ctx.saved_tensors
         count, points = neighbors.shape[2], ctx.points
