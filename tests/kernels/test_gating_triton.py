@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import GatingCase, gating_case
 from tests.precision import UNIT
 from vamoh.kernels.inr_mixture_plan import PRECISIONS
 from vamoh.ops import categorical_kl, gating
@@ -33,47 +32,8 @@ SIZES = [
 ]  # B, N, H, widths, K, C
 
 
-class Net(NamedTuple):
-    """Arguments of `gating`."""
-
-    coords: Tensor
-    shift: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor]
-    values: Tensor | None
-    value_weight: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (*self[:2], *self.weights, *self.biases, *self[4:]) if t is not None]
-
-    def to(self, dtype: torch.dtype, device: str = "cpu") -> Net:
-        """A copy whose tensors are leaves."""
-
-        def leaf(t: Tensor) -> Tensor:
-            return t.detach().to(device, dtype, copy=True).requires_grad_()
-
-        weights, biases = [leaf(w) for w in self.weights], [leaf(b) for b in self.biases]
-        return Net(
-            leaf(self.coords), leaf(self.shift), weights, biases, *[t if t is None else leaf(t) for t in self[4:]]
-        )
-
-
-def draw(b: int, n: int, h: int, widths: tuple[int, ...], k: int, c: int, shared: bool) -> Net:
-    """Multiples of 1/8: hidden units are exact in float32, so none switches sides at its kink."""
-    g = np.random.default_rng([b, n, h, k, c])
-
-    def eighths(*shape: int, span: int = 8) -> Tensor:
-        return torch.from_numpy(g.integers(-span, span + 1, shape) / 8)
-
-    sizes = [k] if not widths and h == k else [h, *widths, k]
-    coords = eighths(h, n) if shared else eighths(b, h, n)
-    weights = [eighths(o, i, span=4) / 4 for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
-    values = (eighths(b, n, c), eighths(h, c)) if c else (None, None)
-    return Net(coords, eighths(b, h), weights, [eighths(o) for o in sizes[1:]], *values)
-
-
-def run(net: Net, bounded: bool, backend: str) -> list[Tensor]:
-    """Log-probabilities and the gradients of every tensor, in the order of `Net.tensors`."""
+def run(net: GatingCase, bounded: bool, backend: str) -> list[Tensor]:
+    """Log-probabilities and the gradients of every tensor, in the order of `GatingCase.tensors`."""
     log_p = gating(*net, slope=0.125, bounded=bounded, backend=backend)
     grad = torch.randn(log_p.shape, generator=torch.Generator().manual_seed(1)).to(log_p.device, log_p.dtype)
     return [log_p.detach(), *torch.autograd.grad(log_p, net.tensors(), grad)]
@@ -89,7 +49,7 @@ def distance(result: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_matches_float64(size, shared, device):
-    net = draw(*size, shared)
+    net = gating_case(*size, shared)
     for bounded in (True, False)[: 1 + shared]:
         exact = run(net.to(torch.float64), bounded, "reference")
         result = run(net.to(torch.float32, device), bounded, "triton")
@@ -118,7 +78,7 @@ def test_precisions(monkeypatch, precision, device):
 
 def test_large_logits(device):
     """Certain components: log-probabilities stay finite far below what exp can tell from 0, and so do gradients."""
-    net = draw(2, 70, 6, (5,), 4, 1, True)
+    net = gating_case(2, 70, 6, (5,), 4, 1, True)
     net = net._replace(biases=[net.biases[0], torch.tensor([0.0, 1e4, -1e4, 300.0])])
     for bounded in (False, True):
         result = run(net.to(torch.float32, device), bounded, "triton")
@@ -143,7 +103,7 @@ def test_bounded_logits_near_zero_keep_their_digits(device):
 @pytest.mark.parametrize("shared", [True, False])
 def test_shares_of_the_work(shared, device):
     """Several tiles per group and functions per share, and the same bits each time."""
-    net = draw(4, 250, 5, (4,), 3, 2, shared)
+    net = gating_case(4, 250, 5, (4,), 3, 2, shared)
     p = kernels._plan("gating_backward", 4, 250, (5, 4, 3), "ieee", kernels.device_of(torch.device(device)))
     if device == "cpu":
         assert p.programs > 1 and p.tiles > p.groups and p.shares < 4
@@ -157,20 +117,20 @@ def test_shares_of_the_work(shared, device):
 def test_functions_are_shared_out_where_points_are_few(device):
     p = kernels._plan("gating_backward", 40, 3, (5, 4, 3), "ieee", kernels.device_of(torch.device(device)))
     assert p.shares > 1 and p.groups == 1
-    net = draw(40, 3, 5, (4,), 3, 1, True)
+    net = gating_case(40, 3, 5, (4,), 3, 1, True)
     result = run(net.to(torch.float32, device), False, "triton")
     assert max(map(distance, result, run(net.to(torch.float64), False, "reference"))) <= 1e-5
 
 
 def test_strided_arguments(device):
-    net = draw(3, 20, 6, (5,), 4, 2, False)
+    net = gating_case(3, 20, 6, (5,), 4, 2, False)
     plain = run(net.to(torch.float32, device), True, "triton")
 
     def stride(t: Tensor) -> Tensor:
         t = t.float().to(device)
         return t.mT.contiguous().mT if t.dim() > 1 else torch.stack([t, t], 1)[:, 0]
 
-    strided = Net(
+    strided = GatingCase(
         stride(net.coords),
         stride(net.shift),
         [stride(w) for w in net.weights],
@@ -190,7 +150,7 @@ def test_strided_arguments(device):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("b", "n"), [(0, 5), (3, 0), (0, 0)])
 def test_no_functions_and_no_points(b, n, shared, device):
-    net = draw(b, n, 4, (3,), 2, 2, shared).to(torch.float32, device)
+    net = gating_case(b, n, 4, (3,), 2, 2, shared).to(torch.float32, device)
     log_p, *grads = run(net, False, "triton")
     assert log_p.shape == (b, 2, n)
     assert [g.shape for g in grads] == [t.shape for t in net.tensors()]
@@ -268,7 +228,7 @@ def test_divergence_of_strided_and_empty_inputs(device):
 @pytest.mark.parametrize("channels", [0, 2])
 def test_contract_of_torch_library(channels, device):
     torch.use_deterministic_algorithms(False)
-    net = draw(2, 5, 4, (3,), 2, channels, True).to(torch.float32, device)
+    net = gating_case(2, 5, 4, (3,), 2, channels, True).to(torch.float32, device)
     first = [] if net.value_weight is None else [net.value_weight.flatten()]
     layers = [p.flatten() for layer in zip(net.weights, net.biases, strict=True) for p in layer]
     parameters = torch.cat([*first, *layers]).detach().requires_grad_()

@@ -7,11 +7,11 @@ import importlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import mixture_case
 from tests.precision import near, operations
 from vamoh.kernels.inr_mixture_plan import PRECISIONS, refusal
 from vamoh.layout import packed_size
@@ -50,38 +50,6 @@ SIZES = [
 ]  # B, K, N, widths
 
 
-def case(
-    b: int, k: int, n: int, widths: tuple[int, ...], features: str = "shared"
-) -> tuple[list[Tensor], Tensor | None]:
-    """theta, features, values, weights, scale in float32, and the mirror; features "shared", "own" or "mirrored".
-
-    Opposite points lie anywhere; some have none, one is opposite to itself. Some values are 0 or 1, some weights 0.
-    """
-    g = np.random.default_rng([b, k, n, *widths])
-    x, mirror = g.normal(size=(b, n, widths[0]) if features == "own" else (n, widths[0])), None
-    if features == "mirrored":
-        mirror, half = np.full(n, -1), widths[0] // 2
-        order = g.permutation(n)[: n - n // 10]
-        if len(order) % 2:
-            x[order[-1], half:] = 0
-            mirror[order[-1]] = order[-1]
-        for i, j in order[: len(order) // 2 * 2].reshape(-1, 2):
-            mirror[i], mirror[j] = j, i
-            x[j] = np.concatenate([x[i, :half], -x[i, half:]])
-        mirror = torch.from_numpy(mirror)
-    values = g.random((b, n, widths[-1]))
-    values[g.random(values.shape) < 0.2] = 0.0
-    values[g.random(values.shape) < 0.2] = 1.0
-    arrays = [
-        g.normal(size=(b, k, packed_size(widths))) / np.sqrt(max(widths)),
-        x,
-        values,
-        g.dirichlet(np.ones(k), (b, n)).transpose(0, 2, 1) * (g.random((b, 1, n)) < 0.8),
-        g.uniform(0.05, 0.5, (k, widths[-1])),
-    ]
-    return [torch.from_numpy(a).float().contiguous() for a in arrays], mirror
-
-
 def expected(
     arguments: list[Tensor],
     inr: Inr,
@@ -101,7 +69,7 @@ def to(device: str, arguments: list[Tensor], mirror: Tensor | None) -> tuple[lis
 
 def check(size: tuple, features: str, inr: Inr, kind: Likelihood, device: str, unit: float = 1.0) -> None:
     """All ops, and the gradients they have, against the reference in float64."""
-    arguments, mirror = case(*size, features)
+    arguments, mirror = mixture_case(*size, features)
     (theta, x, values, weights, scale), mirror = to(device, arguments, mirror)
 
     results = expected([theta, x, values, weights, scale], inr, kind, mirror, "triton")
@@ -159,7 +127,7 @@ def test_matches_float64(size, features, device):
 def test_every_likelihood_and_depth(kind, layers, device):
     widths = (4, *[6] * layers, 2)
     inr = Inr(widths, *ACTIVATIONS[(layers + LIKELIHOODS.index(kind)) % 4], 1.5)
-    arguments, mirror = case(1, 1, 7, widths, "mirrored" if layers % 2 else "shared")
+    arguments, mirror = mixture_case(1, 1, 7, widths, "mirrored" if layers % 2 else "shared")
     there, mirror = to(device, arguments, mirror)
     assert near_expected(expected(there, inr, kind, mirror, "triton"), arguments, inr, kind)
 
@@ -218,7 +186,7 @@ def test_shares_of_the_points(features, device):
     """Several tiles per share, several shares per network, and the same bits each time."""
     size, inr = (1, 1, 1100, (4, 5, 2)), Inr((4, 5, 2))
     module = importlib.import_module("vamoh.kernels.inr_mixture")
-    arguments, mirror = case(*size, features)
+    arguments, mirror = mixture_case(*size, features)
     there, mirror = to(device, arguments, mirror)
     chosen = module._Call(*there[:2], mirror, *inr, "ieee").plan("expected")
     assert chosen.splits > 1
@@ -236,7 +204,7 @@ def test_shares_of_the_components(device):
 
 @pytest.mark.parametrize("size", [(0, 2, 3), (2, 2, 0)], ids=str)
 def test_empty(size, device):
-    arguments, _ = case(2, 2, 3, (4, 5, 2))
+    arguments, _ = mixture_case(2, 2, 3, (4, 5, 2))
     b, k, n = size
     theta, x, values, weights, scale = to(device, arguments, None)[0]
     cut = [theta[:b], x[:n], values[:b, :n], weights[:b, :, :n], scale]
@@ -250,7 +218,7 @@ def test_empty(size, device):
 
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
 def test_strided_arguments(features, device):
-    arguments, mirror = case(2, 2, 9, (8, 5, 2), features)
+    arguments, mirror = mixture_case(2, 2, 9, (8, 5, 2), features)
     arguments, mirror = to(device, arguments, mirror)
     strided = [t.mT.contiguous().mT for t in arguments]
     inr, kind = Inr((8, 5, 2)), LIKELIHOODS[0]
@@ -267,7 +235,7 @@ def test_strided_arguments(features, device):
 
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
 def test_what_is_hidden_plays_no_part(features, device):
-    arguments, mirror = case(2, 2, 9, (4, 5, 2), features)
+    arguments, mirror = mixture_case(2, 2, 9, (4, 5, 2), features)
     mask = torch.tensor([[1, 0, 1, 1, 0, 1, 0, 1, 1], [0, 0, 1, 0, 1, 1, 1, 1, 0]]).bool()
     theta, x, values, weights, scale = arguments
     x.masked_fill_(~(mask if features == "own" else mask.any(0))[..., None], torch.nan)
@@ -286,7 +254,7 @@ def test_what_is_hidden_plays_no_part(features, device):
 
 
 def test_gradients_through_autograd(device):
-    arguments, mirror = case(2, 2, 9, (4, 5, 2), "mirrored")
+    arguments, mirror = mixture_case(2, 2, 9, (4, 5, 2), "mirrored")
     inr, kind = Inr((4, 5, 2)), LIKELIHOODS[0]
 
     def gradients(backend: str, mirror: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -316,7 +284,7 @@ def test_means_of_equally_probable_components(device):
 
 
 def test_a_mirror_that_changed_is_read_again(device):
-    given, mirror = case(1, 1, 12, (4, 5, 1), "mirrored")
+    given, mirror = mixture_case(1, 1, 12, (4, 5, 1), "mirrored")
     arguments, mirror = to(device, given, mirror)
     inr = Inr((4, 5, 1))
     inr_mixture(*arguments[:2], inr, mirror=mirror, backend="triton")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import clear_flow_case, expected_log_prob, far_from_kinks, flow_case
 from tests.precision import UNIT, near
 from vamoh.ops import (
     CounterNoise,
@@ -20,7 +21,7 @@ from vamoh.ops import (
 )
 from vamoh.ops._noise import _box_muller, counter_noise_reference
 from vamoh.ops._noise import philox as philox_reference
-from vamoh.ops.planar_flow import PlanarFlow, normal_log_prob, planar_flow_inverse_reference
+from vamoh.ops.planar_flow import PlanarFlow
 
 triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
@@ -38,55 +39,6 @@ SIZES = [  # S, B, Z, T: around whole tiles, powers of two and shares
     (9, 2, 130, 4),
     (5, 1, 520, 2),
 ]
-
-
-def case(
-    samples: int, batch: int, latent: int, layers: int, seed: int = 0
-) -> tuple[Tensor, Tensor, PlanarFlow, Tensor]:
-    """float64 mean, std, flow and upstream gradients whose float32 rounding is exact."""
-    g = np.random.default_rng([samples, batch, latent, layers, seed])
-    size = layers**-0.5 * latent**-0.25
-    arrays = [
-        g.normal(size=(batch, latent)),
-        g.uniform(0.1, 1.5, (batch, latent)),
-        size * g.normal(size=(layers, latent)),
-        size * g.normal(size=(layers, latent)),
-        g.normal(size=layers),
-        g.normal(size=latent),
-        0.3 * g.normal(size=latent),
-        g.normal(size=batch),
-    ]
-    mean, std, *flow, upstream = (torch.from_numpy(a).float().double() for a in arrays)
-    return mean, std, PlanarFlow(*flow), upstream
-
-
-def far_from_kinks(z: Tensor, flow: PlanarFlow, far: float) -> bool:
-    """No sample lies within `far` of the kink of a layer, where float32 may take the other side."""
-    for t in reversed(range(len(flow.b))):
-        if float((z @ flow.w[t] + flow.b[t]).abs().min()) < far:
-            return False
-        z = planar_flow_inverse_reference(z, flow._replace(**{k: getattr(flow, k)[t : t + 1] for k in "uwb"}))[0]
-    return True
-
-
-def clear_case(samples: int, batch: int, latent: int, layers: int) -> tuple[int, tuple, Tensor]:
-    """The first seed with no sample at a kink, its case, and its noise in float64."""
-    for seed in range(1000):
-        arguments = mean, std, flow, _ = case(samples, batch, latent, layers, seed)
-        noise = counter_noise_reference(torch.tensor(seed), range(samples), batch, latent, torch.float64)
-        if far_from_kinks((mean + std * noise).float().double().flatten(0, 1), flow, 1e-5):
-            return seed, arguments, noise
-    raise AssertionError("no such seed")
-
-
-def by_autograd(mean: Tensor, std: Tensor, flow: PlanarFlow, upstream: Tensor, noise: Tensor) -> list[Tensor]:
-    """Value and gradients from the plain inverse, in float64."""
-    mean, std, *parameters = (t.clone().requires_grad_() for t in (mean, std, *flow[:5]))
-    z = (mean + std * noise).flatten(0, 1)
-    flow = PlanarFlow(*parameters, flow.slope)
-    base, log_det = planar_flow_inverse_reference(z, flow)
-    value = (log_det + normal_log_prob(base, flow.loc, flow.log_scale)).view(noise.shape[:2]).mean(0)
-    return [value.detach(), *torch.autograd.grad(value @ upstream, [mean, std, *parameters])]
 
 
 def by_kernel(
@@ -122,8 +74,8 @@ def check(results: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_expected_log_prob_matches_float64(size, device):
     """Noise made in the kernel, and given."""
-    seed, arguments, noise = clear_case(*size)
-    expected = by_autograd(*arguments, noise)
+    seed, arguments, noise = clear_flow_case(*size)
+    expected = expected_log_prob(*arguments, noise)
     counter = CounterNoise(torch.tensor(seed), size[0])
     check(by_kernel(*arguments, counter, device), expected)
     check(by_kernel(*arguments, noise, device), expected)
@@ -132,7 +84,7 @@ def test_expected_log_prob_matches_float64(size, device):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_log_prob_matches_float64(size, device):
     """Per sample, with the gradients; those that are not wanted change nothing."""
-    _, (mean, std, flow, _), noise = clear_case(*size)
+    _, (mean, std, flow, _), noise = clear_flow_case(*size)
     z = (mean + std * noise).flatten(0, 1).float()
     upstream = torch.from_numpy(np.random.default_rng(1).normal(size=len(z))).float()
 
@@ -151,7 +103,7 @@ def test_log_prob_matches_float64(size, device):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_samples_match_float64(size, device):
     samples, _, latent, _ = size
-    flow = case(*size)[2]
+    flow = flow_case(*size)[2]
     noise = torch.from_numpy(np.random.default_rng(2).normal(size=(samples, latent))).float()
     expected = planar_flow_sample(noise.double(), flow, backend="reference")
     single = PlanarFlow(*(t.float().to(device) for t in flow[:5]))
@@ -238,7 +190,7 @@ def test_deep_flows(published, device):
     noise = counter_noise_reference(torch.tensor(0), range(samples), 1, latent, torch.float64)
     noise = torch.stack([n for n in noise if far_from_kinks(mean + std * n, flow, 1e-4)])
     assert len(noise) >= samples // 2
-    check(by_kernel(mean, std, flow, upstream, noise, device), by_autograd(mean, std, flow, upstream, noise))
+    check(by_kernel(mean, std, flow, upstream, noise, device), expected_log_prob(mean, std, flow, upstream, noise))
 
 
 @pytest.mark.parametrize("inner", [-30.0, -1.0, 0.0, 3.0, 40.0, 200.0])
@@ -257,11 +209,11 @@ def test_layers_far_from_neutral(inner, device):
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
 def test_slope_is_an_argument(slope, device):
-    _, (mean, std, flow, upstream), noise = clear_case(16, 5, 16, 3)
+    _, (mean, std, flow, upstream), noise = clear_flow_case(16, 5, 16, 3)
     flow = flow._replace(slope=slope)
     if far_from_kinks((mean + std * noise).flatten(0, 1), flow, 1e-6):
         arguments = (mean, std, flow, upstream, noise)
-        check(by_kernel(*arguments, device), by_autograd(*arguments))
+        check(by_kernel(*arguments, device), expected_log_prob(*arguments))
     else:
         raise AssertionError("choose another case")
 
@@ -274,13 +226,13 @@ def test_shares_of_the_samples(device):
     assert chosen.splits > 1
     if device == "cpu":
         assert chosen.tiles > chosen.splits
-    mean, std, flow, upstream = case(*size)
+    mean, std, flow, upstream = flow_case(*size)
     noise = counter_noise_reference(torch.tensor(0), range(size[0]), 1, 3, torch.float64)
     noise = torch.stack([n for n in noise if far_from_kinks(mean + std * n, flow, 1e-5)])
     assert len(noise) > 4900
     arguments = (mean, std, flow, upstream, noise)
     results = by_kernel(*arguments, device)
-    check(results, by_autograd(*arguments))
+    check(results, expected_log_prob(*arguments))
     assert all(map(torch.equal, results, by_kernel(*arguments, device)))
     z = (mean + std * noise).flatten(0, 1).float().to(device)
     single = PlanarFlow(*(t.float().to(device) for t in flow[:5]))
@@ -290,7 +242,7 @@ def test_shares_of_the_samples(device):
 def test_every_function_and_sample_is_its_own(device):
     """What a function gets does not depend on the others, nor a sample's density on its neighbours."""
     size = (21, 3, 5, 4)
-    mean, std, flow, _ = case(*size)
+    mean, std, flow, _ = flow_case(*size)
     mean, std, *parameters = (t.float().to(device) for t in (mean, std, *flow[:5]))
     single = PlanarFlow(*parameters)
     noise = torch.randn(21, 3, 5, generator=torch.Generator().manual_seed(0)).to(device)
@@ -306,7 +258,7 @@ def test_every_function_and_sample_is_its_own(device):
 
 
 def test_strided_and_shared_arguments(device):
-    mean, std, flow, upstream = case(9, 4, 6, 5)
+    mean, std, flow, upstream = flow_case(9, 4, 6, 5)
     noise = counter_noise_reference(torch.tensor(0), range(9), 4, 6)
     plain = by_kernel(mean, std, flow, upstream, noise, device)
     strided = PlanarFlow(*(t.mT.contiguous().mT if t.dim() == 2 else t.repeat(2, 1).T[:, 0] for t in flow[:5]))
@@ -323,7 +275,7 @@ def test_strided_and_shared_arguments(device):
 
 
 def test_no_functions_and_no_samples(device):
-    mean, std, flow, _ = (x.float().to(device) if isinstance(x, Tensor) else x for x in case(1, 2, 3, 2))
+    mean, std, flow, _ = (x.float().to(device) if isinstance(x, Tensor) else x for x in flow_case(1, 2, 3, 2))
     parameters = [t.float().to(device).requires_grad_() for t in flow[:5]]
     flow, noise = PlanarFlow(*parameters), CounterNoise(torch.tensor(0, device=device), 5)
     empty = planar_flow_expected_log_prob(mean[:0], std[:0], flow, noise, backend="triton")
@@ -338,7 +290,7 @@ def test_no_functions_and_no_samples(device):
 @pytest.mark.slow
 def test_contract_of_torch_library(device):
     torch.use_deterministic_algorithms(False)
-    mean, std, flow, _ = case(5, 2, 3, 4)
+    mean, std, flow, _ = flow_case(5, 2, 3, 4)
     mean, std, *flow = (t.float().to(device).requires_grad_() for t in (mean, std, *flow[:5]))
     parameters = [t.detach().requires_grad_() for t in planar_flow._constrained(PlanarFlow(*flow))[:6]]
     noise = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0)).to(device)
@@ -385,7 +337,7 @@ def test_flows_it_does_not_take_go_to_the_next_backend(device):
 
 def test_float64_goes_to_the_next_backend(device):
     z = torch.ones(2, 3, device=device, dtype=torch.float64)
-    flow = PlanarFlow(*(t.to(device) for t in case(1, 1, 3, 2)[2][:5]))
+    flow = PlanarFlow(*(t.to(device) for t in flow_case(1, 1, 3, 2)[2][:5]))
     assert torch.equal(planar_flow_log_prob(z, flow), planar_flow_log_prob(z, flow, backend="reference"))
     with pytest.raises(ValueError, match="backend 'triton' takes dtype torch.float32, got torch.float64"):
         planar_flow_log_prob(z, flow, backend="triton")
@@ -396,7 +348,7 @@ def test_it_is_the_first_choice(monkeypatch, op, device):
     calls = []
     whole = getattr(kernels, op)
     monkeypatch.setattr(kernels, op, lambda *arguments: calls.append(op) or whole(*arguments))
-    mean, std, flow, _ = (x.float().to(device) if isinstance(x, Tensor) else x for x in case(2, 2, 3, 1))
+    mean, std, flow, _ = (x.float().to(device) if isinstance(x, Tensor) else x for x in flow_case(2, 2, 3, 1))
     flow = PlanarFlow(*(t.float().to(device) for t in flow[:5]))
     if op == "expected_log_prob":
         planar_flow_expected_log_prob(mean, std, flow, mean[None])

@@ -3,15 +3,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.cases import GatingCase, gating_case
 from tests.precision import UNIT, near
 from vamoh.ops import categorical_kl, gating
 
@@ -26,46 +25,8 @@ SIZES = [
 ]  # B, N, H, widths, K, C
 
 
-class Net(NamedTuple):
-    """Arguments of `gating`."""
-
-    coords: Tensor
-    shift: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor]
-    values: Tensor | None
-    value_weight: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (*self[:2], *self.weights, *self.biases, *self[4:]) if t is not None]
-
-    def to(self, dtype: torch.dtype) -> Net:
-        """A copy whose tensors are leaves."""
-
-        def leaf(t: Tensor) -> Tensor:
-            return t.detach().to(dtype, copy=True).requires_grad_()
-
-        weights, biases = [leaf(w) for w in self.weights], [leaf(b) for b in self.biases]
-        rest = [None if t is None else leaf(t) for t in self[4:]]
-        return Net(leaf(self.coords), leaf(self.shift), weights, biases, *rest)
-
-
-def eighths(generator: np.random.Generator, *shape: int, span: int = 8) -> Tensor:
-    """Multiples of 1/8: hidden units of small nets are exact in float32, so none switches sides at its kink."""
-    return torch.from_numpy(generator.integers(-span, span + 1, shape) / 8)
-
-
-def draw(b: int, n: int, h: int, widths: tuple[int, ...], k: int, c: int, shared: bool, seed: int = 0) -> Net:
-    g = np.random.default_rng(seed)
-    sizes = [k] if not widths and h == k else [h, *widths, k]
-    coords = eighths(g, h, n) if shared else eighths(g, b, h, n)
-    weights = [eighths(g, o, i, span=4) / 4 for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
-    values = (eighths(g, b, n, c), eighths(g, h, c)) if c else (None, None)
-    return Net(coords, eighths(g, b, h), weights, [eighths(g, o) for o in sizes[1:]], *values)
-
-
-def run(net: Net, bounded: bool, grad: Tensor, backend: str | None = None) -> list[Tensor]:
-    """Log-probabilities and the gradients of every tensor, in the order of `Net.tensors`."""
+def run(net: GatingCase, bounded: bool, grad: Tensor, backend: str | None = None) -> list[Tensor]:
+    """Log-probabilities and the gradients of every tensor, in the order of `GatingCase.tensors`."""
     log_p = gating(*net, slope=0.125, bounded=bounded, backend=backend)
     return [log_p.detach(), *torch.autograd.grad(log_p, net.tensors(), grad.to(log_p.dtype))]
 
@@ -85,8 +46,8 @@ def log_softmax(x: list[float]) -> list[float]:
 @pytest.mark.parametrize("shared", [True, False])
 def test_matches_definition(backend, shared, bounded):
     b, n, k = 2, 3, 3
-    net = draw(b, n, 4, (5,), k, 2, shared).to(torch.float64 if backend == "reference" else torch.float32)
-    net = Net(*(x.detach() if isinstance(x, Tensor) else x for x in net))
+    net = gating_case(b, n, 4, (5,), k, 2, shared).to(torch.float64 if backend == "reference" else torch.float32)
+    net = GatingCase(*(x.detach() if isinstance(x, Tensor) else x for x in net))
     result = gating(*net, slope=0.125, bounded=bounded, backend=backend)
     coords = net.coords.expand(b, -1, -1)
     for i in range(b):
@@ -107,7 +68,7 @@ def test_matches_definition(backend, shared, bounded):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_isa_and_thread_count_is_near_float64(isas, monkeypatch, size, shared, bounded):
-    net = draw(*size, shared)
+    net = gating_case(*size, shared)
     grad = torch.randn(size[0], size[4], size[1], generator=torch.Generator().manual_seed(1))
     expected = run(net.to(torch.float64), bounded, grad)
     for isa in isas:
@@ -127,7 +88,7 @@ def test_any_network(data):
     b, n, h, c = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 140), (1, 40), (0, 5)))
     widths = tuple(data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3)))
     k, shared, bounded = data.draw(st.integers(1, 12)), data.draw(st.booleans()), data.draw(st.booleans())
-    net = draw(b, n, h, widths, k, c, shared, data.draw(st.integers(0, 99)))
+    net = gating_case(b, n, h, widths, k, c, shared, data.draw(st.integers(0, 99)))
     expected = gating(*net.to(torch.float64), slope=0.125, bounded=bounded)
     result = gating(*net.to(torch.float32), slope=0.125, bounded=bounded)
     assert distance(result, expected) < 1e-5
@@ -140,7 +101,7 @@ def test_any_network(data):
 def test_gradient_of_the_reference(widths, channels, bounded):
     torch.manual_seed(0)
     h = widths[0] if widths else 3
-    net = draw(2, 3, h, widths, 3, channels, True).to(torch.float64)
+    net = gating_case(2, 3, h, widths, 3, channels, True).to(torch.float64)
     net = net._replace(coords=torch.randn(h, 3, dtype=torch.float64, requires_grad=True))
 
     def call(*tensors: Tensor) -> Tensor:
@@ -154,7 +115,7 @@ def test_gradient_of_the_reference(widths, channels, bounded):
 
 def test_large_logits(backend):
     """Certain components: log-probabilities stay finite far below what exp can tell from 0, and so do gradients."""
-    net = draw(2, 70, 6, (5,), 4, 1, True).to(torch.float32)
+    net = gating_case(2, 70, 6, (5,), 4, 1, True).to(torch.float32)
     net = net._replace(biases=[net.biases[0], torch.tensor([0.0, 1e4, -1e4, 300.0]).requires_grad_()])
     log_p, *grads = run(net, False, torch.ones(2, 4, 70), backend)
     assert log_p.min() < -19000 and log_p.max() == 0
@@ -176,11 +137,13 @@ def test_bounded_logits_near_zero_keep_their_digits(isas, monkeypatch):
 
 
 def test_strided_inputs(backend):
-    net = draw(3, 20, 6, (5,), 4, 2, False).to(torch.float32)
+    net = gating_case(3, 20, 6, (5,), 4, 2, False).to(torch.float32)
     strided = [t.mT.contiguous().mT if t.dim() > 1 else torch.stack([t, t], 1)[:, 0] for t in net[:2] + net[4:]]
     weights = [w.T.contiguous().T for w in net.weights]
     biases = [torch.stack([b, b], 1)[:, 0] for b in net.biases]
-    other = Net(*(t.detach().requires_grad_() for t in strided[:2]), weights, biases, *strided[2:]).to(torch.float32)
+    other = GatingCase(*(t.detach().requires_grad_() for t in strided[:2]), weights, biases, *strided[2:]).to(
+        torch.float32
+    )
     grad = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
     for a, b in zip(run(other, True, grad, backend), run(net, True, grad, backend), strict=True):
         assert torch.equal(a, b) if backend == "cpu" else distance(a, b) < 1e-6
@@ -189,7 +152,7 @@ def test_strided_inputs(backend):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("b", "n"), [(0, 5), (3, 0), (0, 0)])
 def test_no_functions_and_no_points(backend, b, n, shared):
-    net = draw(b, n, 4, (3,), 2, 2, shared).to(torch.float32)
+    net = gating_case(b, n, 4, (3,), 2, 2, shared).to(torch.float32)
     log_p, *grads = run(net, False, torch.zeros(b, 2, n), backend)
     assert log_p.shape == (b, 2, n)
     assert [g.shape for g in grads] == [t.shape for t in net.tensors()]
@@ -298,7 +261,7 @@ def test_gradient_of_the_divergence():
     assert torch.autograd.gradcheck(categorical_kl, (log_q, log_p[:, :, :1].detach().requires_grad_()))
 
 
-def step(net: Net, prior: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+def step(net: GatingCase, prior: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     """What the bound does with the ops."""
     log_q = gating(*net, slope=0.125, bounded=True, backend=backend)
     q, kl = categorical_kl(log_q, prior, mask, backend=backend)
@@ -310,7 +273,7 @@ def test_contract_of_torch_library(backend):
     torch.use_deterministic_algorithms(False)
     ops = torch.ops.vamoh
     for channels in (0, 2):
-        net = draw(2, 9, 4, (3,), 2, channels, False).to(torch.float32)
+        net = gating_case(2, 9, 4, (3,), 2, channels, False).to(torch.float32)
         parameters = torch.randn(4 * channels + 3 * 5 + 2 * 4, requires_grad=True)
         arguments = *net[:2], net.values, parameters, [4, 3, 2], 0.125, True, backend
         torch.library.opcheck(ops.gating, arguments)
@@ -324,7 +287,7 @@ def test_contract_of_torch_library(backend):
     def gradients(f: Callable[..., Tensor], backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         inputs = [t.detach().requires_grad_() for t in inputs]
         prior, coords, shift, *rest = inputs
-        same = Net(coords, shift, rest[:2], rest[2:4], *rest[4:])
+        same = GatingCase(coords, shift, rest[:2], rest[2:4], *rest[4:])
         return torch.autograd.grad(f(same, prior, mask, backend).sum(), inputs)
 
     result = gradients(compiled, backend, *inputs)
@@ -335,7 +298,7 @@ def test_contract_of_torch_library(backend):
 
 
 def test_there_is_no_second_derivative(backend):
-    net = draw(2, 9, 4, (3,), 2, 2, False).to(torch.float32)
+    net = gating_case(2, 9, 4, (3,), 2, 2, False).to(torch.float32)
     log_q = log_probabilities(2, 2, 9, seed=0).float().requires_grad_()
     for name, inputs, result in (
         ("gating", net.shift, gating(*net, slope=0.1, bounded=False, backend=backend)),
@@ -368,7 +331,7 @@ def test_there_is_no_second_derivative(backend):
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    net = draw(2, 9, 4, (3,), 2, 2, True).to(torch.float32)
+    net = gating_case(2, 9, 4, (3,), 2, 2, True).to(torch.float32)
     arguments = {**net._asdict(), "slope": 0.1, "bounded": False, **change}
     with pytest.raises(error, match=f"^gating: {message}"):
         gating(**arguments)

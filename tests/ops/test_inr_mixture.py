@@ -4,7 +4,6 @@ import importlib
 import math
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.cases import mixture_case, mixture_inputs
 from tests.precision import bounds, near, operations, within
-from vamoh.layout import packed_size
 from vamoh.ops import (
     inr_mixture,
     inr_mixture_expected_log_likelihood,
@@ -40,23 +39,6 @@ SIZES = [
     (3, 2, 11, (5, 9, 3)),
     (2, 4, 33, (2, 7, 6, 5, 1)),
 ]  # B, K, N, widths
-
-
-def inputs(b: int, k: int, n: int, widths: tuple[int, ...], shared: bool = True, dtype: Any = torch.float64) -> list:
-    """theta, features, values, weights, scale; some values exactly 0 and 1, some weights 0."""
-    g = np.random.default_rng([b, k, n, *widths])
-    values = g.random((b, n, widths[-1]))
-    values[g.random(values.shape) < 0.2] = 0.0
-    values[g.random(values.shape) < 0.2] = 1.0
-    weights = g.dirichlet(np.ones(k), (b, n)).transpose(0, 2, 1) * (g.random((b, 1, n)) < 0.8)
-    arrays = [
-        g.normal(size=(b, k, packed_size(widths))),
-        g.normal(size=(n, widths[0]) if shared else (b, n, widths[0])),
-        values,
-        weights,
-        g.uniform(0.05, 0.5, (k, widths[-1])),
-    ]
-    return [torch.from_numpy(a).to(dtype).contiguous() for a in arrays]
 
 
 def loops(theta: np.ndarray, features: np.ndarray, inr: Inr) -> np.ndarray:
@@ -107,7 +89,7 @@ def float32_bounds(arguments: list, inr: Inr, kind: Likelihood) -> list[float]:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_outputs_match_loops(size, shared, activation):
-    theta, features, *_ = inputs(*size, shared)
+    theta, features, *_ = mixture_inputs(*size, shared)
     inr = Inr(size[-1], activation, slope=0.3, omega=2.5)
     expected = torch.from_numpy(loops(theta.numpy(), features.numpy(), inr))
     torch.testing.assert_close(inr_mixture(theta, features, inr), expected, rtol=1e-12, atol=1e-12)
@@ -118,7 +100,7 @@ def test_outputs_match_loops(size, shared, activation):
 @pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_log_likelihood_is_that_of_the_outputs(size, kind):
-    theta, features, values, weights, scale = inputs(*size)
+    theta, features, values, weights, scale = mixture_inputs(*size)
     inr = Inr(size[-1])
     logits = torch.from_numpy(loops(theta.numpy(), features.numpy(), inr))
     expected = log_likelihood(kind, logits, values[:, None], scale[:, None]).sum(-1)
@@ -134,7 +116,7 @@ def test_log_likelihood_is_that_of_the_outputs(size, kind):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_match_autograd(size, shared, kind, activation):
-    single = inputs(*size, shared, dtype=torch.float32)
+    single = mixture_inputs(*size, shared, dtype=torch.float32)
     arguments, inr = [t.double() for t in single], Inr(size[-1], activation, slope=0.3, omega=0.8)
     expected = gradients(arguments, inr, kind, slow=True)
     single = gradients(single, inr, kind)
@@ -145,7 +127,7 @@ def test_gradients_match_autograd(size, shared, kind, activation):
 
 @pytest.mark.parametrize("kind", LIKELIHOODS, ids=str)
 def test_gradients_match_finite_differences(kind):
-    theta, features, values, weights, scale = inputs(2, 2, 3, (2, 3, 2))
+    theta, features, values, weights, scale = mixture_inputs(2, 2, 3, (2, 3, 2))
     inr = Inr((2, 3, 2), "sine", omega=1.5)
     differentiable = [t.requires_grad_() for t in (theta, weights, scale)]
 
@@ -157,7 +139,7 @@ def test_gradients_match_finite_differences(kind):
 
 @pytest.mark.parametrize("argument", [1, 2], ids=["features", "values"])
 def test_gradient_of_features_and_values(argument):
-    arguments = inputs(2, 2, 3, (2, 3, 2), shared=False)
+    arguments = mixture_inputs(2, 2, 3, (2, 3, 2), shared=False)
     inr, kind = Inr((2, 3, 2), "sine", omega=1.5), Likelihood("logistic")
 
     def value(theta: Tensor, other: Tensor) -> Tensor:
@@ -172,14 +154,14 @@ def test_gradient_of_features_and_values(argument):
 
 
 def test_second_derivatives_of_outputs_are_refused():
-    theta, features, *_ = inputs(1, 2, 3, (2, 3, 1))
+    theta, features, *_ = mixture_inputs(1, 2, 3, (2, 3, 1))
     out = inr_mixture(theta.requires_grad_(), features, Inr((2, 3, 1)))
     with pytest.raises(RuntimeError, match="inr_mixture: has no second derivatives"):
         torch.autograd.grad(out.sum(), theta, create_graph=True)
 
 
 def test_second_derivatives_are_refused():
-    theta, features, values, weights, scale = inputs(1, 2, 3, (2, 3, 1))
+    theta, features, values, weights, scale = mixture_inputs(1, 2, 3, (2, 3, 1))
     value, _ = inr_mixture_expected_log_likelihood(
         theta.requires_grad_(), features, values, weights, scale, Inr((2, 3, 1)), Likelihood("logistic")
     )
@@ -191,7 +173,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saturated_outputs(kind, dtype):
     """Outputs in the thousands next to moderate ones."""
-    arguments = inputs(2, 3, 9, (4, 6, 2), dtype=dtype)
+    arguments = mixture_inputs(2, 3, 9, (4, 6, 2), dtype=dtype)
     arguments[0][:, 0] *= 40
     inr = Inr((4, 6, 2))
     assert inr_mixture(*arguments[:2], inr).abs().max() > 1000
@@ -206,7 +188,7 @@ def test_saturated_outputs(kind, dtype):
 
 
 def test_weights_of_zero():
-    theta, features, values, weights, scale = inputs(2, 3, 5, (3, 4, 2))
+    theta, features, values, weights, scale = mixture_inputs(2, 3, 5, (3, 4, 2))
     arguments, inr, kind = [theta, features, values, torch.zeros_like(weights), scale], Inr((3, 4, 2)), LIKELIHOODS[0]
     value, grad_theta, grad_weights, grad_scale = gradients(arguments, inr, kind)
     assert not value.any() and not grad_theta.any() and not grad_scale.any()
@@ -221,7 +203,7 @@ def test_weights_of_zero():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_strided_inputs(shared):
-    arguments, inr, kind = inputs(3, 2, 8, (4, 5, 2), shared), Inr((4, 5, 2)), LIKELIHOODS[0]
+    arguments, inr, kind = mixture_inputs(3, 2, 8, (4, 5, 2), shared), Inr((4, 5, 2)), LIKELIHOODS[0]
     strided = [t.mT.contiguous().mT for t in arguments]
     strided[0] = arguments[0].transpose(0, 1).contiguous().transpose(0, 1)  # as the hypernetwork gives it
     strided[4] = arguments[4][:1].expand(2, -1)
@@ -233,7 +215,7 @@ def test_strided_inputs(shared):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_chunks_give_the_same_numbers(monkeypatch, shared):
-    arguments, inr, kind = inputs(5, 2, 6, (3, 4, 2), shared), Inr((3, 4, 2)), LIKELIHOODS[0]
+    arguments, inr, kind = mixture_inputs(5, 2, 6, (3, 4, 2), shared), Inr((3, 4, 2)), LIKELIHOODS[0]
     whole, sizes = gradients(arguments, inr, kind), []
 
     def spy(kind: Likelihood, logits: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -254,7 +236,7 @@ def test_order_of_points_components_and_functions_is_free(data):
     b, k, n = (data.draw(st.integers(1, m)) for m in (4, 4, 12))
     widths = tuple(data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=4)))
     shared, kind = data.draw(st.booleans()), data.draw(st.sampled_from(LIKELIHOODS))
-    theta, features, values, weights, scale = inputs(b, k, n, widths, shared)
+    theta, features, values, weights, scale = mixture_inputs(b, k, n, widths, shared)
     inr = Inr(widths, data.draw(st.sampled_from(ACTIVATIONS)))
 
     def run(*arguments: Tensor) -> list[Tensor]:
@@ -280,7 +262,7 @@ def test_order_of_points_components_and_functions_is_free(data):
 
 
 def test_no_points_and_no_functions():
-    theta, features, values, weights, scale = inputs(2, 3, 4, (3, 4, 2))
+    theta, features, values, weights, scale = mixture_inputs(2, 3, 4, (3, 4, 2))
     inr, kind = Inr((3, 4, 2)), LIKELIHOODS[0]
     value, by_theta, by_weights, by_scale = gradients(
         [theta, features[:0], values[:, :0], weights[..., :0], scale], inr, kind
@@ -289,33 +271,6 @@ def test_no_points_and_no_functions():
     assert inr_mixture(theta, features[:0], inr).shape == (2, 3, 0, 2)
     empty = inr_mixture_expected_log_likelihood(theta[:0], features, values[:0], weights[:0], scale, inr, kind)
     assert [tuple(t.shape) for t in empty] == [(0,), (0, 3, 4)]
-
-
-def mirrored(points: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Features [N, 2·width] float32 whose second half changes its sign at the opposite point, and the mirror [N].
-
-    Opposite points lie anywhere in the list; about a tenth have none and some are opposite to themselves.
-    """
-    g = np.random.default_rng([points, width, seed])
-    features, mirror = g.normal(size=(points, 2 * width)), np.full(points, -1)
-    order = g.permutation(points)[: points - points // 10]
-    if len(order) % 2:
-        features[order[-1], width:] = 0
-        mirror[order[-1]] = order[-1]
-        order = order[:-1]
-    for i, j in order.reshape(-1, 2):
-        mirror[i], mirror[j] = j, i
-        features[j] = np.concatenate([features[i, :width], -features[i, width:]])
-    return torch.from_numpy(features).float(), torch.from_numpy(mirror)
-
-
-def native_case(b: int, k: int, n: int, widths: tuple[int, ...], features: str) -> tuple[list, Tensor | None]:
-    """float32 arguments with parameters of the usual scale, and the mirror; features "shared", "own" or "mirrored"."""
-    arguments, mirror = inputs(b, k, n, widths, features != "own", torch.float32), None
-    arguments[0] *= 0.5 / math.sqrt(max(widths))
-    if features == "mirrored":
-        arguments[1], mirror = mirrored(n, widths[0] // 2)
-    return arguments, mirror
 
 
 def expected_with_gradients(
@@ -363,7 +318,7 @@ def exact_outputs(inr: Inr, theta: Tensor, features: Tensor, incoming: Tensor) -
 @pytest.mark.parametrize("features", ["shared", "own", "mirrored"])
 @pytest.mark.parametrize("size", NATIVE_SIZES, ids=str)
 def test_native_matches_float64(monkeypatch, isas, size, features):
-    (arguments, mirror), n = native_case(*size, features), size[2]
+    (arguments, mirror), n = mixture_case(*size, features), size[2]
     for i, isa in enumerate(isas):
         monkeypatch.setenv("VAMOH_ISA", isa)
         for j, kind in enumerate(LIKELIHOODS):
@@ -395,7 +350,7 @@ def test_native_matches_float64(monkeypatch, isas, size, features):
     ("b", "k", "n", "widths"), [(2, 3, 3000, (128, 32, 32, 3)), (9, 3, 500, (8, 4, 5, 2))], ids=str
 )
 def test_native_gives_the_same_bits_for_any_number_of_threads(b, k, n, widths, features):
-    arguments, mirror = native_case(b, k, n, widths, features)
+    arguments, mirror = mixture_case(b, k, n, widths, features)
     mask = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) < 0.5
     inr, kind, before = Inr(widths), LIKELIHOODS[0], torch.get_num_threads()
     log_pi = arguments[3].clamp(min=1e-3).log()
@@ -445,7 +400,7 @@ def test_masks_equal_every_function_alone(monkeypatch, isas, size, features, bac
     if backend == "cpu" and native_unavailable() is not None:
         pytest.skip(str(native_unavailable()))
     b, k, n, widths = size
-    arguments, mirror = native_case(*size, features)
+    arguments, mirror = mixture_case(*size, features)
     mask, inr = masks(b, n), Inr(widths)
     for i, kind in enumerate(LIKELIHOODS):
         monkeypatch.setenv("VAMOH_ISA", isas[i % len(isas)])
@@ -482,7 +437,7 @@ def test_masks_equal_every_function_alone(monkeypatch, isas, size, features, bac
 
 def test_gradients_with_a_mask():
     """Weights at unobserved points have no gradient; the slow path gives the same numbers."""
-    arguments, inr, kind = inputs(3, 2, 8, (4, 5, 2)), Inr((4, 5, 2)), LIKELIHOODS[0]
+    arguments, inr, kind = mixture_inputs(3, 2, 8, (4, 5, 2)), Inr((4, 5, 2)), LIKELIHOODS[0]
     mask, incoming = masks(3, 8), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     theta, features, values, weights, scale = poisoned(arguments, mask)
     leaves = [t.requires_grad_() for t in (theta, weights, scale)]
@@ -508,7 +463,7 @@ def test_native_at_any_size(data):
     half, *rest = data.draw(st.lists(st.integers(1, 70), min_size=2, max_size=4))
     widths = (2 * half, *rest)
     features = data.draw(st.sampled_from(["shared", "own", "mirrored"]))
-    arguments, mirror = native_case(b, k, n, widths, features)
+    arguments, mirror = mixture_case(b, k, n, widths, features)
     inr = Inr(widths, data.draw(st.sampled_from(ACTIVATIONS)), omega=2.0)
     kind = data.draw(st.sampled_from(LIKELIHOODS))
     result = expected_with_gradients(arguments, inr, kind, mirror, "cpu")
@@ -565,7 +520,7 @@ def test_native_means_of_nearly_equally_probable_components(monkeypatch, isas):
 
 @needs_native
 def test_native_takes_strided_arguments():
-    arguments, mirror = native_case(3, 2, 70, (8, 5, 2), "mirrored")
+    arguments, mirror = mixture_case(3, 2, 70, (8, 5, 2), "mirrored")
     strided = [t.mT.contiguous().mT for t in arguments]
     strided[0] = arguments[0].transpose(0, 1).contiguous().transpose(0, 1)  # as the hypernetwork gives it
     inr, kind = Inr((8, 5, 2)), LIKELIHOODS[0]
@@ -601,7 +556,7 @@ def test_mirror_needs_shared_features_of_even_width():
 
 
 def test_gradients_that_only_the_reference_has(monkeypatch):
-    theta, features, values, weights, scale = inputs(1, 1, 3, (2, 3, 1), dtype=torch.float32)
+    theta, features, values, weights, scale = mixture_inputs(1, 1, 3, (2, 3, 1), dtype=torch.float32)
     inr, kind = Inr((2, 3, 1)), LIKELIHOODS[0]
     calls = [
         lambda **b: inr_mixture(theta, features.clone().requires_grad_(), inr, **b),
@@ -620,7 +575,7 @@ def test_gradients_that_only_the_reference_has(monkeypatch):
 @pytest.mark.skipif(bool(native_unavailable()), reason="needs the native module")
 def test_a_likelihood_that_is_not_compiled_is_refused(monkeypatch):
     monkeypatch.setattr(module, "KINDS", ("logistic", "bernoulli", "continuous_bernoulli", "gauss"))
-    theta, features, values, weights, scale = inputs(1, 1, 3, (2, 3, 1), dtype=torch.float32)
+    theta, features, values, weights, scale = mixture_inputs(1, 1, 3, (2, 3, 1), dtype=torch.float32)
     with pytest.raises(ValueError, match="inr_mixture: no compiled likelihood gauss"):
         inr_mixture_log_likelihood(theta, features, values, scale, Inr((2, 3, 1)), Likelihood("gauss"), backend="cpu")
 
@@ -632,7 +587,7 @@ def test_a_likelihood_that_is_not_compiled_is_refused(monkeypatch):
 def test_contract_of_torch_library(masked, features, dtype):
     torch.use_deterministic_algorithms(False)
     mask = masks(2, 5) if masked else None
-    arguments, mirror = native_case(2, 3, 5, (4, 4, 2), features)
+    arguments, mirror = mixture_case(2, 3, 5, (4, 4, 2), features)
     theta, x, values, weights, scale = (t.to(dtype) for t in arguments)
     for t in (theta, weights, scale):
         t.requires_grad_()
@@ -694,7 +649,7 @@ def test_width_lists_are_checked():
 
 
 def test_backend_from_the_environment(monkeypatch):
-    theta, features, values, weights, scale = inputs(1, 1, 2, (2, 1))
+    theta, features, values, weights, scale = mixture_inputs(1, 1, 2, (2, 1))
     monkeypatch.setenv("VAMOH_BACKEND", "nowhere")
     calls = [
         lambda: inr_mixture(theta, features, Inr((2, 1))),

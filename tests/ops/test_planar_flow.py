@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.cases import clear_flow_case, expected_log_prob, far_from_kinks, flow_case, flow_of
 from tests.precision import near
 from vamoh.ops import CounterNoise, planar_flow, planar_flow_expected_log_prob, planar_flow_log_prob, planar_flow_sample
 from vamoh.ops._native import native_unavailable
@@ -21,15 +22,6 @@ from vamoh.ops.planar_flow import (
 )
 
 SIZES = [(1, 1), (1, 4), (5, 1), (3, 2), (7, 6)]  # T, Z
-
-
-def flow_of(
-    layers: int, latent: int, size: float = 1.0, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> PlanarFlow:
-    g = np.random.default_rng([layers, latent, seed])
-    shapes = [(layers, latent), (layers, latent), (layers,), (latent,), (latent,)]
-    u, w, b, loc, log_scale = (torch.from_numpy(g.normal(size=s)).to(dtype) for s in shapes)
-    return PlanarFlow(size * u, size * w, b, loc, 0.3 * log_scale, slope=0.2)
 
 
 def loops(v: np.ndarray, flow: PlanarFlow) -> tuple[np.ndarray, float]:
@@ -227,51 +219,6 @@ NATIVE = [  # S, B, Z, T: around whole panels, register blocks and tasks
 ]
 
 
-def case(
-    samples: int, batch: int, latent: int, layers: int, seed: int = 0
-) -> tuple[Tensor, Tensor, PlanarFlow, Tensor]:
-    """float64 mean, std, flow and upstream gradients whose float32 rounding is exact."""
-    g = np.random.default_rng([samples, batch, latent, layers, seed])
-    mean, std, upstream = (
-        torch.from_numpy(x).float().double()
-        for x in (g.normal(size=(batch, latent)), g.uniform(0.1, 1.5, (batch, latent)), g.normal(size=batch))
-    )
-    flow = flow_of(layers, latent, layers**-0.5 * latent**-0.25, seed=seed)
-    return mean, std, PlanarFlow(*(t.float().double() for t in flow[:5])), upstream
-
-
-def far_from_kinks(z: Tensor, flow: PlanarFlow, far: float = 1e-5) -> bool:
-    """No sample lies within `far` of the kink of a layer, where float32 may take the other side."""
-    u_hat, _ = planar_flow._constrain(flow)
-    for t in reversed(range(len(flow.b))):
-        linear = z @ flow.w[t] + flow.b[t]
-        if float(linear.abs().min()) < far:
-            return False
-        single = flow._replace(u=flow.u[t : t + 1], w=flow.w[t : t + 1], b=flow.b[t : t + 1])
-        z = planar_flow_inverse_reference(z, single)[0]
-    return True
-
-
-def clear_case(samples: int, batch: int, latent: int, layers: int) -> tuple[int, tuple, Tensor]:
-    """The first seed with no sample at a kink, its case, and its noise in float64."""
-    for seed in range(1000):
-        mean, std, flow, upstream = case(samples, batch, latent, layers, seed)
-        noise = counter_noise_reference(torch.tensor(seed), range(samples), batch, latent, torch.float64)
-        if far_from_kinks((mean + std * noise).flatten(0, 1), flow, 1e-5 / samples**0.25):
-            return seed, (mean, std, flow, upstream), noise
-    raise AssertionError("no such seed")
-
-
-def by_autograd(mean: Tensor, std: Tensor, flow: PlanarFlow, upstream: Tensor, noise: Tensor) -> list[Tensor]:
-    """Value and gradients from the plain inverse, in float64."""
-    mean, std, *parameters = (t.clone().requires_grad_() for t in (mean, std, *flow[:5]))
-    flow = PlanarFlow(*parameters, flow.slope)
-    z = (mean + std * noise).flatten(0, 1)
-    base, log_det = planar_flow_inverse_reference(z, flow)
-    value = (log_det + normal_log_prob(base, flow.loc, flow.log_scale)).view(noise.shape[:2]).mean(0)
-    return [value.detach(), *torch.autograd.grad(value @ upstream, [mean, std, *parameters])]
-
-
 def by_op(
     mean: Tensor,
     std: Tensor,
@@ -296,9 +243,9 @@ def assert_near(results: list[Tensor], expected: list[Tensor], tolerance: float 
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (7, 3, 2, 5), (70, 2, 5, 3)])
 def test_expected_matches_autograd_of_the_inverse(size, monkeypatch):
     samples, batch, latent, _ = size
-    arguments, seed = case(*size), torch.tensor(3)
+    arguments, seed = flow_case(*size), torch.tensor(3)
     noise = counter_noise_reference(seed, range(samples), batch, latent, torch.float64)
-    expected = by_autograd(*arguments, noise)
+    expected = expected_log_prob(*arguments, noise)
     for kind in (noise, CounterNoise(seed, samples)):
         assert_near(by_op(*arguments, kind, torch.float64), expected, 1e-12)
     monkeypatch.setattr(planar_flow, "_CHUNK", 50)
@@ -308,8 +255,8 @@ def test_expected_matches_autograd_of_the_inverse(size, monkeypatch):
 @pytest.mark.parametrize("size", NATIVE)
 def test_native_expected_log_prob(isas, monkeypatch, size):
     """Against float64, every instruction set, bit-equal for every number of threads, noise counted and given."""
-    seed, arguments, noise = clear_case(*size)
-    expected = by_autograd(*arguments, noise)
+    seed, arguments, noise = clear_flow_case(*size)
+    expected = expected_log_prob(*arguments, noise)
     counter = CounterNoise(torch.tensor(seed), size[0])
     for isa in isas:
         monkeypatch.setenv("VAMOH_ISA", isa)
@@ -334,11 +281,11 @@ def test_native_expected_log_prob(isas, monkeypatch, size):
 def test_native_of_any_size(samples, batch, latent, layers, seed):
     if native_unavailable():
         pytest.skip(str(native_unavailable()))
-    arguments = case(samples, batch, latent, layers, seed)
+    arguments = flow_case(samples, batch, latent, layers, seed)
     noise = counter_noise_reference(torch.tensor(seed), range(samples), batch, latent, torch.float64)
     mean, std, flow, _ = arguments
     assume(far_from_kinks((mean + std * noise).flatten(0, 1), flow))
-    counter, expected = CounterNoise(torch.tensor(seed), samples), by_autograd(*arguments, noise)
+    counter, expected = CounterNoise(torch.tensor(seed), samples), expected_log_prob(*arguments, noise)
     # a norm of few entries may be small because its terms cancel
     assert_near(by_op(*arguments, counter, backend="cpu"), expected, 1e-4)
 
@@ -347,7 +294,7 @@ def test_native_of_any_size(samples, batch, latent, layers, seed):
 def test_native_log_prob(isas, monkeypatch, size):
     """Per-sample values and gradients against float64."""
     samples, batch, latent, layers = size
-    _, (mean, std, flow, _), noise = clear_case(*size)
+    _, (mean, std, flow, _), noise = clear_flow_case(*size)
     single = (mean + std * noise).flatten(0, 1).float()
     if not far_from_kinks(single.double(), flow, 1e-6):
         pytest.skip("rounding moved a sample to a kink")
@@ -377,7 +324,7 @@ def test_native_log_prob(isas, monkeypatch, size):
 @pytest.mark.parametrize("size", NATIVE)
 def test_native_sample(isas, monkeypatch, size):
     samples, _, latent, layers = size
-    flow = case(*size)[2]
+    flow = flow_case(*size)[2]
     flow = flow._replace(loc=(flow.loc + 0.5).float().double())
     noise = torch.from_numpy(np.random.default_rng(2).normal(size=(samples, latent))).float()
     expected = planar_flow_sample(noise.double(), flow)
@@ -397,7 +344,7 @@ def test_native_sample(isas, monkeypatch, size):
 
 
 def test_sampling_with_gradients_is_plain_torch():
-    flow = case(5, 1, 3, 4)[2]
+    flow = flow_case(5, 1, 3, 4)[2]
     single = PlanarFlow(*(t.float().requires_grad_() for t in flow[:5]))
     noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="^planar_flow_sample: backend must be 'reference' for gradients, got 'cpu'"):
@@ -411,7 +358,7 @@ def test_sampling_with_gradients_is_plain_torch():
 
 
 def test_log_prob_reference_in_parts(monkeypatch):
-    mean, std, flow, _ = case(40, 1, 3, 4)
+    mean, std, flow, _ = flow_case(40, 1, 3, 4)
     z = mean + std * torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def run() -> tuple[Tensor, ...]:
@@ -442,7 +389,7 @@ def test_deep_flows(isas, published):
     for backend in ("cpu", "reference"):
         assert_near(
             by_op(mean, std, flow, upstream, noise.float(), backend=backend),
-            by_autograd(mean, std, flow, upstream, noise),
+            expected_log_prob(mean, std, flow, upstream, noise),
         )
 
 
@@ -457,7 +404,7 @@ def test_native_layers_far_from_neutral(isas, inner):
 
 
 def test_expected_is_the_mean_of_log_prob_and_no_order_matters():
-    mean, std, flow, upstream = case(9, 4, 3, 5)
+    mean, std, flow, upstream = flow_case(9, 4, 3, 5)
     noise = torch.randn(9, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     value = planar_flow_expected_log_prob(mean, std, flow, noise)
     each = torch.stack([planar_flow_log_prob(mean + std * n, flow) for n in noise])
@@ -470,7 +417,7 @@ def test_expected_is_the_mean_of_log_prob_and_no_order_matters():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_strided_and_shared_inputs(dtype):
-    mean, std, flow, _ = (x.to(dtype) if isinstance(x, Tensor) else x for x in case(70, 4, 6, 5))
+    mean, std, flow, _ = (x.to(dtype) if isinstance(x, Tensor) else x for x in flow_case(70, 4, 6, 5))
     flow = PlanarFlow(*(t.to(dtype) for t in flow[:5]))
     noise = counter_noise_reference(torch.tensor(0), range(70), 4, 6, dtype)
     expected = planar_flow_expected_log_prob(mean, std, flow, noise)
@@ -488,7 +435,7 @@ def test_strided_and_shared_inputs(dtype):
 
 
 def test_no_functions_and_no_samples(backend):
-    mean, std, flow, upstream = (x.float() if isinstance(x, Tensor) else x for x in case(1, 2, 3, 2))
+    mean, std, flow, upstream = (x.float() if isinstance(x, Tensor) else x for x in flow_case(1, 2, 3, 2))
     parameters = [t.float().requires_grad_() for t in flow[:5]]
     empty = planar_flow_expected_log_prob(
         mean[:0], std[:0], PlanarFlow(*parameters), CounterNoise(torch.tensor(0), 5), backend=backend
@@ -501,7 +448,7 @@ def test_no_functions_and_no_samples(backend):
 
 
 def test_a_flow_without_layers_is_its_base(backend):
-    mean, std = (x.float() for x in case(5, 2, 3, 1)[:2])
+    mean, std = (x.float() for x in flow_case(5, 2, 3, 1)[:2])
     flow = flow_of(0, 3, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in (mean, std, *flow[:5])]
     noise = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -546,7 +493,7 @@ def test_samples_that_are_no_numbers_are_those_of_the_reference(isas, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_gradients_that_are_wanted_are_made(monkeypatch, dtype):
     made, op = [], torch.ops.vamoh.planar_flow_expected_log_prob_forward.default
-    mean, std, flow, _ = case(5, 2, 3, 4)
+    mean, std, flow, _ = flow_case(5, 2, 3, 4)
     mean, std = (t.to(dtype).requires_grad_() for t in (mean, std))
     flow, noise = PlanarFlow(*(t.to(dtype).requires_grad_() for t in flow[:5])), CounterNoise(torch.tensor(0), 5)
 
@@ -570,7 +517,7 @@ def test_only_gradients_that_are_wanted_are_made(monkeypatch, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_second_derivatives_are_refused(dtype):
-    mean, std, flow, _ = case(5, 2, 3, 4)
+    mean, std, flow, _ = flow_case(5, 2, 3, 4)
     mean = mean.to(dtype).requires_grad_()
     flow = PlanarFlow(*(t.to(dtype) for t in flow[:5]))
     for value in (
@@ -582,7 +529,7 @@ def test_second_derivatives_are_refused(dtype):
 
 
 def test_expected_gradients_by_differences():
-    mean, std, flow, _ = case(4, 2, 3, 2)
+    mean, std, flow, _ = flow_case(4, 2, 3, 2)
     noise = CounterNoise(torch.tensor(2), 4)
     tensors = [t.requires_grad_() for t in (mean, std, *flow[:5])]
     assert torch.autograd.gradcheck(
@@ -594,7 +541,7 @@ def test_expected_gradients_by_differences():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_contract_of_torch_library(dtype):
     torch.use_deterministic_algorithms(False)
-    mean, std, flow, _ = case(5, 2, 3, 4)
+    mean, std, flow, _ = flow_case(5, 2, 3, 4)
     mean, std, *flow = (t.to(dtype).requires_grad_() for t in (mean, std, *flow[:5]))
     parameters = [t.detach().requires_grad_() for t in planar_flow._constrained(PlanarFlow(*flow))[:6]]
     noise = torch.randn(5, 2, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -614,7 +561,7 @@ def test_contract_of_torch_library(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_once_for_all_seeds(dtype):
-    mean, std, flow, upstream = case(5, 2, 3, 4)
+    mean, std, flow, upstream = flow_case(5, 2, 3, 4)
     mean, std, *flow = (t.to(dtype).requires_grad_() for t in (mean, std, *flow[:5]))
 
     def run(mean: Tensor, std: Tensor, flow: PlanarFlow, noise: CounterNoise) -> Tensor:
