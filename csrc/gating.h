@@ -42,9 +42,9 @@ void gating_backward(const GatingNet& net, const float* log_p, const float* grad
                      Isa isa);
 
 // q = exp(log_q) where mask [B, N] (null: everywhere), else 0; kl [B] = sum over K, N of q (log_q - log_p), where q >
-// 0. log_q, q [B, K, N]; log_p the same, or [B, K, 1] if `uniform`; rows of mask are mask_step apart, 0 if shared.
-void categorical_kl(const float* log_q, const float* log_p, bool uniform, const bool* mask, int64_t mask_step, float* q,
-                    float* kl, int64_t batch, int64_t components, int64_t count, int threads, Isa isa);
+// 0. log_q, q [B, K, N]; log_p the same, or [B, K, 1] if `uniform`; rows of mask are mask_stride apart, 0 if shared.
+void categorical_kl(const float* log_q, const float* log_p, bool uniform, const bool* mask, int64_t mask_stride,
+                    float* q, float* kl, int64_t batch, int64_t components, int64_t count, int threads, Isa isa);
 
 // Gradients [B, K, N] of both log-probabilities from those of q [B, K, N] and kl [B].
 void categorical_kl_backward(const float* grad_q, const float* grad_kl, const float* q, const float* log_q,

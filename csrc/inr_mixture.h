@@ -1,9 +1,9 @@
 // A mixture of coordinate networks (INRs): K networks per function, their parameters packed in rows of theta.
 //
-//   theta     [B, K, P]  steps between functions and components as given, P contiguous: all weights layer by layer,
+//   theta     [B, K, P]  strides between functions and components as given, P contiguous: all weights layer by layer,
 //                        row-major [out, in], then all biases
-//   features  [N, E]     encoded coordinates; consecutive functions are features_step values apart, 0 if they share one
-//   mirror    [N]        or null. Point mirror[n] lies opposite to n: features[mirror[n]] = (even, -odd) where
+//   features  [N, E]     encoded coordinates; functions are features_stride values apart, 0 if they share one
+//   mirror    [N]        or null. Point mirror[n] is the mirror point of n: features[mirror[n]] = (even, -odd) where
 //                        features[n] = (even, odd) are halves of a row; -1 where there is none. mirror[mirror[n]] = n.
 //                        Only where features are shared and E is even.
 //   mask      [B, N]     or null. Points of each function that count: nothing is read or computed at others.
@@ -21,9 +21,9 @@ namespace vamoh {
 
 struct InrMixture {
   const float* theta;
-  int64_t theta_batch_step, theta_component_step;
+  int64_t theta_batch_stride, theta_component_stride;
   const float* features;
-  int64_t features_step;
+  int64_t features_stride;
   const int64_t* mirror;
   const bool* mask;  // for the likelihoods only
   const int64_t* widths;
@@ -44,7 +44,7 @@ struct PointLikelihood {
 // outputs [B, K, N, C].
 void inr_mixture(const InrMixture& mixture, float* outputs, int threads, Isa isa);
 
-// grad_theta, steps as theta, from grad_outputs [B, K, N, C].
+// grad_theta, strides as theta, from grad_outputs [B, K, N, C].
 void inr_mixture_backward(const InrMixture& mixture, const float* grad_outputs, float* grad_theta, int threads,
                           Isa isa);
 
@@ -53,7 +53,7 @@ void inr_mixture_log_likelihood(const InrMixture& mixture, const PointLikelihood
                                 float* log_p, int threads, Isa isa);
 
 // value [B] = sum over k and n of weights * log_p with weights [B, K, N]; log_p [B, K, N]; gradients of value[b] to
-// theta (steps as theta) and, for the logistic, to scale [B, K, C] (else zero). One pass, no activation kept.
+// theta (strides as theta) and, for the logistic, to scale [B, K, C] (else zero). One pass, no activation kept.
 void inr_mixture_expected_log_likelihood(const InrMixture& mixture, const PointLikelihood& likelihood,
                                          const float* values, const float* weights, float* value, float* log_p,
                                          float* grad_theta, float* grad_scale, int threads, Isa isa);

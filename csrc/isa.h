@@ -31,13 +31,12 @@ inline std::vector<std::string> supported_isas() {
   return names;
 }
 
-// Whether a CPU with AVX-512 also sums products of bytes in one instruction, as most do.
-inline bool has_vnni() {
+// The same, or AVX2 where a CPU with AVX-512 cannot sum products of bytes in one instruction, as most can.
+inline Isa with_byte_products(Isa isa) {
 #if VAMOH_X86
-  return __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
+  if (isa == Isa::avx512 && !__builtin_cpu_supports("avx512vnni")) return Isa::avx2;
 #endif
+  return isa;
 }
 
 // Throws for a name that `supported_isas` does not list: running it would be an illegal instruction.

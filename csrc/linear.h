@@ -23,15 +23,15 @@ struct LinearSizes {
   int64_t groups, rows, in, out;
 };
 
-void linear(const float* x, Strides x_at, const float* weight, const float* bias, float* out, Strides out_at,
+void linear(const float* x, Strides x_strides, const float* weight, const float* bias, float* out, Strides out_strides,
             LinearSizes sizes, int threads, Isa isa);
 
 // grad_x [G, M, I], contiguous, from grad [G, M, O].
-void linear_grad_x(const float* grad, Strides grad_at, const float* weight, float* grad_x, LinearSizes sizes,
+void linear_grad_x(const float* grad, Strides grad_strides, const float* weight, float* grad_x, LinearSizes sizes,
                    int threads, Isa isa);
 
 // grad_weight [G, O, I] and grad_bias [G, O], contiguous; null: not wanted.
-void linear_grad_weight(const float* grad, Strides grad_at, const float* x, Strides x_at, float* grad_weight,
+void linear_grad_weight(const float* grad, Strides grad_strides, const float* x, Strides x_strides, float* grad_weight,
                         float* grad_bias, LinearSizes sizes, int threads, Isa isa);
 
 }  // namespace vamoh

@@ -1,5 +1,5 @@
-// How a kernel becomes a function of the module: `native(&vamoh::linear)` takes what vamoh::linear takes, for a pointer a
-// tensor and for a struct the list of its fields, and lets other Python threads run meanwhile. It includes nothing of
+// How a kernel becomes a function of the module: `native(&vamoh::linear)` takes what vamoh::linear takes, for a pointer
+// a tensor and for a struct the list of its fields, and lets other Python threads run meanwhile. It includes nothing of
 // torch and checks no user input.
 #pragma once
 

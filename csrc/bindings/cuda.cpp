@@ -9,7 +9,7 @@
 
 #include "../farthest_point_sample.h"
 #include "../knn.h"
-#include "binding.h"
+#include "cloud.h"
 #include "point_conv.h"
 
 template <>
@@ -49,18 +49,15 @@ auto native_cuda(const char* op, int (*launch)(A...)) {
 template <class T>
 void bind_indices(py::module_& m, const std::string& dtype) {
   m.def(("farthest_point_sample_" + dtype + "_cuda").c_str(),
-        native_cuda("farthest_point_sample", &vamoh::farthest_point_sample_cuda<T>), py::kw_only(), "coords"_a,
-        "coords_step"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "points"_a, "dims"_a, "samples"_a, "run"_a);
+        native_cuda("farthest_point_sample", &vamoh::farthest_point_sample_cuda<T>), py::kw_only(), "cloud"_a, "mask"_a,
+        "out"_a, "batch"_a, "samples"_a, "run"_a);
   m.def(("farthest_point_sample_by_table_" + dtype + "_cuda").c_str(),
-        native_cuda("farthest_point_sample", &vamoh::farthest_point_sample_by_table_cuda<T>), py::kw_only(),
-        "coords"_a, "coords_step"_a, "table"_a, "table_size"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "points"_a,
-        "samples"_a, "run"_a);
+        native_cuda("farthest_point_sample", &vamoh::farthest_point_sample_by_table_cuda<T>), py::kw_only(), "cloud"_a,
+        "table"_a, "mask"_a, "out"_a, "batch"_a, "samples"_a, "run"_a);
   m.def(("knn_" + dtype + "_cuda").c_str(), native_cuda("knn", &vamoh::knn_cuda<T>), py::kw_only(), "points"_a,
-        "points_step"_a, "queries"_a, "queries_step"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "count"_a,
-        "num_queries"_a, "dims"_a, "neighbors"_a, "run"_a);
+        "queries"_a, "mask"_a, "out"_a, "batch"_a, "neighbors"_a, "run"_a);
   m.def(("knn_by_table_" + dtype + "_cuda").c_str(), native_cuda("knn", &vamoh::knn_by_table_cuda<T>), py::kw_only(),
-        "points"_a, "points_step"_a, "queries"_a, "queries_step"_a, "table"_a, "table_size"_a, "mask"_a, "mask_step"_a,
-        "out"_a, "batch"_a, "count"_a, "num_queries"_a, "neighbors"_a, "run"_a);
+        "points"_a, "queries"_a, "table"_a, "mask"_a, "out"_a, "batch"_a, "neighbors"_a, "run"_a);
 }
 
 }  // namespace

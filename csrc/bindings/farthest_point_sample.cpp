@@ -2,18 +2,16 @@
 
 #include <string>
 
-#include "binding.h"
+#include "cloud.h"
 
 namespace {
 
 template <class T>
 void bind(py::module_& m, const std::string& dtype) {
-  m.def(("farthest_point_sample_" + dtype).c_str(), native(&vamoh::farthest_point_sample<T>), py::kw_only(), "coords"_a,
-        "coords_step"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "points"_a, "dims"_a, "samples"_a, "threads"_a,
-        "isa"_a);
+  m.def(("farthest_point_sample_" + dtype).c_str(), native(&vamoh::farthest_point_sample<T>), py::kw_only(), "cloud"_a,
+        "mask"_a, "out"_a, "batch"_a, "samples"_a, "threads"_a, "isa"_a);
   m.def(("farthest_point_sample_by_table_" + dtype).c_str(), native(&vamoh::farthest_point_sample_by_table<T>),
-        py::kw_only(), "coords"_a, "coords_step"_a, "table"_a, "table_size"_a, "mask"_a, "mask_step"_a, "out"_a,
-        "batch"_a, "points"_a, "samples"_a, "threads"_a, "isa"_a);
+        py::kw_only(), "cloud"_a, "table"_a, "mask"_a, "out"_a, "batch"_a, "samples"_a, "threads"_a, "isa"_a);
 }
 
 }  // namespace

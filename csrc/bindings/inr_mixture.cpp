@@ -25,16 +25,17 @@ struct Passed<const vamoh::InrMixture&> {
                           int64_t, int64_t, bool, float, float>;
   static vamoh::InrMixture get(const type& fields) {
     return std::apply(
-        [](const Memory& theta, int64_t batch_step, int64_t component_step, const Memory& features, int64_t features_step,
-           const Memory& mirror, const Memory& mask, const std::vector<int64_t>& widths, int64_t batch, int64_t components,
-           int64_t points, bool sine, float slope, float omega) -> vamoh::InrMixture {
+        [](const Memory& theta, int64_t batch_stride, int64_t component_stride, const Memory& features,
+           int64_t features_stride, const Memory& mirror, const Memory& mask, const std::vector<int64_t>& widths,
+           int64_t batch, int64_t components, int64_t points, bool sine, float slope,
+           float omega) -> vamoh::InrMixture {
           const auto* const pairs = Passed<const int64_t*>::get(mirror);
           check_pairs(pairs, points);
           return {Passed<const float*>::get(theta),
-                  batch_step,
-                  component_step,
+                  batch_stride,
+                  component_stride,
                   Passed<const float*>::get(features),
-                  features_step,
+                  features_stride,
                   pairs,
                   Passed<const bool*>::get(mask),
                   widths.data(),

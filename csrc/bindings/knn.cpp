@@ -2,18 +2,16 @@
 
 #include <string>
 
-#include "binding.h"
+#include "cloud.h"
 
 namespace {
 
 template <class T>
 void bind(py::module_& m, const std::string& dtype) {
-  m.def(("knn_" + dtype).c_str(), native(&vamoh::knn<T>), py::kw_only(), "points"_a, "points_step"_a, "queries"_a,
-        "queries_step"_a, "mask"_a, "mask_step"_a, "out"_a, "batch"_a, "count"_a, "num_queries"_a, "dims"_a,
-        "neighbors"_a, "threads"_a, "isa"_a);
-  m.def(("knn_by_table_" + dtype).c_str(), native(&vamoh::knn_by_table<T>), py::kw_only(), "points"_a, "points_step"_a,
-        "queries"_a, "queries_step"_a, "table"_a, "table_size"_a, "order"_a, "length"_a, "mask"_a, "mask_step"_a,
-        "out"_a, "batch"_a, "count"_a, "num_queries"_a, "neighbors"_a, "threads"_a, "isa"_a);
+  m.def(("knn_" + dtype).c_str(), native(&vamoh::knn<T>), py::kw_only(), "points"_a, "queries"_a, "mask"_a, "out"_a,
+        "batch"_a, "neighbors"_a, "threads"_a, "isa"_a);
+  m.def(("knn_by_table_" + dtype).c_str(), native(&vamoh::knn_by_table<T>), py::kw_only(), "points"_a, "queries"_a,
+        "table"_a, "order"_a, "length"_a, "mask"_a, "out"_a, "batch"_a, "neighbors"_a, "threads"_a, "isa"_a);
 }
 
 }  // namespace

@@ -35,8 +35,8 @@ void linear_grad_weight(const Rows& grad, const Rows& x, const Memory& grad_weig
                         int threads, const std::string& isa) {
   const py::gil_scoped_release unlocked;
   vamoh::linear_grad_weight(data<const float>(grad), at(grad), data<const float>(x), at(x),
-                            Passed<float*>::get(grad_weight), Passed<float*>::get(grad_bias),
-                            sizes(grad, x.sizes[2]), threads, vamoh::parse_isa(isa));
+                            Passed<float*>::get(grad_weight), Passed<float*>::get(grad_bias), sizes(grad, x.sizes[2]),
+                            threads, vamoh::parse_isa(isa));
 }
 
 }  // namespace

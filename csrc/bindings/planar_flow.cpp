@@ -12,9 +12,8 @@ struct Passed<uint64_t> {
 };
 
 template <>
-struct Passed<const vamoh::PlanarFlow&>
-    : Fields<vamoh::PlanarFlow, const float*, const float*, const float*, const float*, const float*, const float*,
-             int64_t, int64_t, float> {};
+struct Passed<const vamoh::PlanarFlow&> : Fields<vamoh::PlanarFlow, const float*, const float*, const float*,
+                                                 const float*, const float*, const float*, int64_t, int64_t, float> {};
 
 template <>
 struct Passed<const vamoh::PlanarFlowGradient&>

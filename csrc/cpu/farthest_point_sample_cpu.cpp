@@ -6,49 +6,21 @@
 
 #include "../farthest_point_sample.h"
 #include "../threads.h"
-#include "coded_cloud.h"
+#include "../simd/quantized_cloud.h"
 #include "memory.h"
 
-#define VAMOH_KERNEL "farthest_point_sample_cpu.inl"
-#include "each_isa.inl"
+#define VAMOH_KERNEL "../cpu/farthest_point_sample_cpu.inl"
+#include "../simd/each_isa.inl"
 
 namespace vamoh {
 
 namespace {
 
-template <class T>
-struct Kernel {
-  int64_t width, coded_width;
-  decltype(&portable::pack_panels<T, portable::panel_width<T>()>) pack;
-  decltype(&portable::come_nearer<T>) come_nearer;
-  decltype(&portable::extend_range<T>) extend_range;
-  decltype(&portable::pack_codes<T, portable::kCodedWidth>) pack_codes;
-  decltype(&portable::come_nearer_by_codes<T>) come_nearer_by_codes;
-  decltype(&portable::sample_by_table<T>) sample_by_table;
-};
-
-template <class T>
-Kernel<T> kernel(Isa isa) {
-#define VAMOH_TABLE(isa)                                                                                        \
-  {                                                                                                             \
-    isa::panel_width<T>(), isa::kCodedWidth, &isa::pack_panels<T, isa::panel_width<T>()>, &isa::come_nearer<T>, \
-        &isa::extend_range<T>, &isa::pack_codes<T, isa::kCodedWidth>, &isa::come_nearer_by_codes<T>,            \
-        &isa::sample_by_table<T>                                                                                \
-  }
-#if VAMOH_X86
-  if (isa == Isa::avx512 && has_vnni()) return VAMOH_TABLE(avx512);
-  if (isa != Isa::portable) return VAMOH_TABLE(avx2);
-#endif
-  (void)isa;
-  return VAMOH_TABLE(portable);
-#undef VAMOH_TABLE
-}
-
 // Order [samples] of positions among n points in panels of `width`, samples < n. take(position) updates scratch:
 // nearest [panels, W], panel_best [panels].
 template <class T, class Take>
 void sample(int64_t n, int64_t samples, int64_t width, T* nearest, T* panel_best, const Take& take, int64_t* order) {
-  const int64_t count = (n + width - 1) / width;
+  const int64_t count = ceil_div(n, width);
   const T infinity = std::numeric_limits<T>::infinity();
   std::fill(nearest, nearest + n, infinity);
   std::fill(nearest + n, nearest + count * width, T(-1));  // as points taken
@@ -119,12 +91,12 @@ class Rounds {
 // Calls sample(b, candidates, n, order, worker) for every function with more than M candidates, which leaves positions
 // among the candidates in `order` [M].
 template <class Sample>
-void for_each_function(const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t points,
-                       int64_t samples, int threads, const Sample& sample) {
+void for_each_function(const Mask& mask, int64_t* out, int64_t batch, int64_t points, int64_t samples, int threads,
+                       const Sample& sample) {
   const int64_t padded = round_up(points, kWidestPanel);
   const Buffer<int64_t> candidates = allocate<int64_t>(threads * padded);
   ThreadPool::get().run(batch, threads, [&](int64_t b, int worker) {
-    const bool* allowed = mask ? mask + b * mask_step : nullptr;
+    const bool* allowed = mask.of(b);
     int64_t* index = candidates.get() + worker * padded;
     int64_t n = 0;
     for (int64_t i = 0; i < points; ++i)
@@ -145,8 +117,8 @@ constexpr int kPiecesPerThread = 4;
 
 int workers(int threads, int64_t batch) { return std::max(static_cast<int>(std::min<int64_t>(threads, batch)), 1); }
 
-// One worker's memory for clouds of up to `padded` points: panels, or codes, squares and limits, which need less room
-// as coded clouds have many dimensions.
+// One worker's memory for clouds of up to `padded` points: panels, or quantized points, squares and limits,
+// which need less room as quantized clouds have many dimensions.
 template <class T>
 struct Scratch {
   T *panels, *nearest, *panel_best, *query;
@@ -161,7 +133,7 @@ struct Scratch {
 template <class T, class Take, class ComeNearer>
 void sample_together(int64_t n, int64_t samples, int64_t width, int team, const Scratch<T>& scratch, const Take& take,
                      const ComeNearer& come_nearer, int64_t* order) {
-  const int64_t count = (n + width - 1) / width, pieces = std::min<int64_t>(count, team * kPiecesPerThread);
+  const int64_t count = ceil_div(n, width), pieces = std::min<int64_t>(count, team * kPiecesPerThread);
   const auto sample_with = [&](const auto& all_come_nearer) {
     const auto take_each = [&](int64_t taken) {
       take(taken);
@@ -180,11 +152,11 @@ void sample_together(int64_t n, int64_t samples, int64_t width, int team, const 
 }
 
 template <class T>
-void sample_in_panels(const Kernel<T>& run, const CodedCloud<T>& cloud, int64_t samples, int team,
-                      const Scratch<T>& scratch, int64_t* order) {
-  const int64_t width = run.width, dims = cloud.dims;
+void sample_in_panels(Isa isa, const QuantizedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
+                      int64_t* order) {
+  const int64_t width = VAMOH_DISPATCH(isa, panel_width<T>()), dims = cloud.dims;
   T* const query = scratch.query;
-  run.pack(cloud.coords, cloud.index, cloud.n, dims, scratch.panels);
+  VAMOH_DISPATCH(isa, pack_panels<T>)(cloud.coords, cloud.index, cloud.n, dims, scratch.panels);
   sample_together(
       cloud.n, samples, width, team, scratch,
       [&](int64_t taken) {
@@ -192,22 +164,22 @@ void sample_in_panels(const Kernel<T>& run, const CodedCloud<T>& cloud, int64_t 
         for (int64_t d = 0; d < dims; ++d) query[d] = row[d * width];
       },
       [&](int64_t p0, int64_t p1) {
-        run.come_nearer(scratch.panels, dims, p0, p1, query, scratch.nearest, scratch.panel_best);
+        VAMOH_DISPATCH(isa, come_nearer<T>)(scratch.panels, dims, p0, p1, query, scratch.nearest, scratch.panel_best);
       },
       order);
 }
 
 template <class T>
-void sample_by_codes(const Kernel<T>& run, CodedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
-                     int64_t* order) {
-  const int64_t width = run.coded_width, groups = cloud.groups, padded = round_up(cloud.n, width);
-  int32_t* const codes = reinterpret_cast<int32_t*>(scratch.panels);
-  int32_t* const squares = codes + padded * groups;
+void sample_quantized(Isa isa, QuantizedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
+                      int64_t* order) {
+  const int64_t width = VAMOH_DISPATCH(isa, kQuantizedWidth), groups = cloud.groups, padded = round_up(cloud.n, width);
+  int32_t* const quantized = reinterpret_cast<int32_t*>(scratch.panels);
+  int32_t* const squares = quantized + padded * groups;
   int32_t* const limits = squares + padded;
   int32_t* const query = limits + padded;
-  cloud.codes = codes;
+  cloud.quantized = quantized;
   cloud.squares = squares;
-  run.pack_codes(cloud, query, codes, squares);
+  VAMOH_DISPATCH(isa, pack_quantized<T>)(cloud, query, quantized, squares);
   for (int64_t i = 0; i < padded; ++i) limits[i] = squares[i] - (i < cloud.n ? kFarthest : 0);
   int64_t from = 0;
   sample_together(
@@ -215,12 +187,13 @@ void sample_by_codes(const Kernel<T>& run, CodedCloud<T>& cloud, int64_t samples
       [&](int64_t taken) {
         from = taken;
         limits[taken] = kNoPoint;
-        const int32_t* const row = codes + taken / width * width * groups + taken % width;
+        const int32_t* const row = quantized + taken / width * width * groups + taken % width;
         for (int64_t g = 0; g < groups; ++g) query[g] = row[g * width];
       },
       [&](int64_t p0, int64_t p1) {
-        run.come_nearer_by_codes(cloud, p0, p1, cloud.coords + cloud.index[from] * cloud.dims, query, squares[from],
-                                 scratch.nearest, limits, scratch.panel_best);
+        VAMOH_DISPATCH(isa, come_nearer_quantized<T>)(cloud, p0, p1, cloud.coords + cloud.index[from] * cloud.dims,
+                                                      query, squares[from], scratch.nearest, limits,
+                                                      scratch.panel_best);
       },
       order);
 }
@@ -228,52 +201,51 @@ void sample_by_codes(const Kernel<T>& run, CodedCloud<T>& cloud, int64_t samples
 }  // namespace
 
 template <class T>
-void farthest_point_sample(const T* coords, int64_t coords_step, const bool* mask, int64_t mask_step, int64_t* out,
-                           int64_t batch, int64_t points, int64_t dims, int64_t samples, int threads, Isa isa) {
-  const Kernel<T> run = kernel<T>(isa);
-  const int64_t padded = round_up(points, kWidestPanel), size = Scratch<T>::size(padded, dims);
+void farthest_point_sample(const Cloud<T>& cloud, const Mask& mask, int64_t* out, int64_t batch, int64_t samples,
+                           int threads, Isa isa) {
+  isa = with_byte_products(isa);
+  const int64_t padded = round_up(cloud.count, kWidestPanel), size = Scratch<T>::size(padded, cloud.dims);
   // Few functions are shared by all threads, many are shared out.
-  const bool together = batch < threads && points * dims >= kShared;
+  const bool together = batch < threads && cloud.count * cloud.dims >= kShared;
   const int team = together ? threads : 1;
   threads = together ? 1 : workers(threads, batch);
   const Buffer<T> memory = allocate<T>(threads * size);
-  for_each_function(mask, mask_step, out, batch, points, samples, threads,
-                    [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
-                      const Scratch<T> scratch(memory.get() + worker * size, padded, dims);
-                      CodedCloud<T> cloud{coords + b * coords_step, index, n, dims};
-                      // The portable kernel is slower by codes.
-                      if (isa != Isa::portable && set_scale<T>(cloud, nullptr, 0, run.extend_range))
-                        sample_by_codes(run, cloud, samples, team, scratch, order);
-                      else
-                        sample_in_panels(run, cloud, samples, team, scratch, order);
-                    });
+  for_each_function(
+      mask, out, batch, cloud.count, samples, threads,
+      [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
+        const Scratch<T> scratch(memory.get() + worker * size, padded, cloud.dims);
+        QuantizedCloud<T> candidates{cloud.values + b * cloud.stride, index, n, cloud.dims};
+        // The portable kernel is slower with quantized points.
+        if (isa != Isa::portable && set_scale<T>(candidates, nullptr, 0, VAMOH_DISPATCH(isa, extend_range<T>)))
+          sample_quantized(isa, candidates, samples, team, scratch, order);
+        else
+          sample_in_panels(isa, candidates, samples, team, scratch, order);
+      });
 }
 
 template <class T>
-void farthest_point_sample_by_table(const int64_t* coords, int64_t coords_step, const T* table, int64_t table_size,
-                                    const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t points,
-                                    int64_t samples, int threads, Isa isa) {
-  const Kernel<T> run = kernel<T>(isa);
-  const int64_t padded = round_up(points, kWidestPanel);
+void farthest_point_sample_by_table(const Cloud<int64_t>& cells, const DistanceTable<T>& table, const Mask& mask,
+                                    int64_t* out, int64_t batch, int64_t samples, int threads, Isa isa) {
+  const auto sample = VAMOH_DISPATCH(isa, sample_by_table<T>);
+  const int64_t padded = round_up(cells.count, kWidestPanel);
   threads = workers(threads, batch);
   const Buffer<T> scratch = allocate<T>(threads * padded);
   const Buffer<int32_t> packed = allocate<int32_t>(threads * padded);
-  for_each_function(mask, mask_step, out, batch, points, samples, threads,
+  for_each_function(mask, out, batch, cells.count, samples, threads,
                     [&](int64_t b, const int64_t* index, int64_t n, int64_t* order, int worker) {
-                      const int64_t* from = coords + b * coords_step;
-                      int32_t* places = packed.get() + worker * padded;
-                      for (int64_t i = 0; i < n; ++i) places[i] = static_cast<int32_t>(from[index[i]]);
-                      std::fill(places + n, places + round_up(n, kWidestPanel), places[0]);
-                      run.sample_by_table(places, n, table + table_size / 2, samples, scratch.get() + worker * padded,
-                                          std::numeric_limits<T>::infinity(), order);
+                      const int64_t* from = cells.values + b * cells.stride;
+                      int32_t* candidates = packed.get() + worker * padded;
+                      for (int64_t i = 0; i < n; ++i) candidates[i] = static_cast<int32_t>(from[index[i]]);
+                      std::fill(candidates + n, candidates + round_up(n, kWidestPanel), candidates[0]);
+                      sample(candidates, n, table.values + table.size / 2, samples, scratch.get() + worker * padded,
+                             std::numeric_limits<T>::infinity(), order);
                     });
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                        \
-  template void farthest_point_sample(const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t, int64_t, \
-                                      int64_t, int, Isa);                                                           \
-  template void farthest_point_sample_by_table(const int64_t*, int64_t, const T*, int64_t, const bool*, int64_t,    \
-                                               int64_t*, int64_t, int64_t, int64_t, int, Isa);
+#define VAMOH_INSTANTIATE(T)                                                                                          \
+  template void farthest_point_sample(const Cloud<T>&, const Mask&, int64_t*, int64_t, int64_t, int, Isa);            \
+  template void farthest_point_sample_by_table(const Cloud<int64_t>&, const DistanceTable<T>&, const Mask&, int64_t*, \
+                                               int64_t, int64_t, int, Isa);
 VAMOH_INSTANTIATE(float)
 VAMOH_INSTANTIATE(double)
 #undef VAMOH_INSTANTIATE

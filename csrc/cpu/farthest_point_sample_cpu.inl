@@ -1,14 +1,7 @@
-#include "panels.inl"
-#include "codes.inl"
-
 constexpr int kVectors = 4;  // per panel: enough independent sums to hide the latency of an addition
 
-template <class T>
-constexpr int64_t panel_width() {
-  return kVectors * Vector<T>::lanes;
-}
-
-constexpr int kCodedWidth = kVectors * kCodeLanes;  // points per panel of codes
+#include "../simd/cloud.inl"
+#include "../simd/quantized_cloud.inl"
 
 template <class T, int W>
 T largest(const T* values) {
@@ -31,7 +24,7 @@ void come_nearer(const T* panels, int64_t dims, int64_t p0, int64_t p1, const T*
     bool nearer;
     int64_t d = 0;
     do {
-      const int64_t stop = d + kDimsPerLook < dims ? d + kDimsPerLook : dims;
+      const int64_t stop = d + kDimsPerTest < dims ? d + kDimsPerTest : dims;
       for (; d < stop; ++d)
         for (int v = 0; v < kVectors; ++v) {
           const V difference = *reinterpret_cast<const V*>(x + d * W + v * lanes) - query[d];
@@ -47,23 +40,24 @@ void come_nearer(const T* panels, int64_t dims, int64_t p0, int64_t p1, const T*
   }
 }
 
-// The same for a cloud in codes, the query among them, with the sum of its squared codes. limits [panels * W] are the
-// squares less the reach of `nearest`, and change with it.
+// The same for a quantized cloud and query, whose sum of squares is `square`. limits [panels * W] are the squares less
+// the reach of `nearest`, and change with it.
 template <class T>
-void come_nearer_by_codes(const CodedCloud<T>& cloud, int64_t p0, int64_t p1, const T* query, const int32_t* codes,
-                          int32_t square, T* nearest, int32_t* limits, T* panel_best) {
-  constexpr int64_t W = kCodedWidth;
+void come_nearer_quantized(const QuantizedCloud<T>& cloud, int64_t p0, int64_t p1, const T* query,
+                           const int32_t* quantized, int32_t square, T* nearest, int32_t* limits, T* panel_best) {
+  constexpr int64_t W = kQuantizedWidth;
   const int64_t groups = cloud.groups;
   for (int64_t p = p0; p < p1; ++p) {
-    const int32_t* x = cloud.codes + p * groups * W;
-    Codes sum[kVectors] = {};
+    const int32_t* x = cloud.quantized + p * groups * W;
+    Quantized sum[kVectors] = {};
     for (int64_t g = 0; g < groups; ++g)
       for (int v = 0; v < kVectors; ++v)
-        sum[v] = add_products(sum[v], *reinterpret_cast<const Codes*>(x + g * W + v * kCodeLanes), Codes{} + codes[g]);
+        sum[v] = add_products(sum[v], *reinterpret_cast<const Quantized*>(x + g * W + v * kQuantizedLanes),
+                              Quantized{} + quantized[g]);
     uint64_t near = 0;
     for (int v = 0; v < kVectors; ++v) {
-      const Codes least = *reinterpret_cast<const Codes*>(limits + p * W + v * kCodeLanes) + square;
-      near |= static_cast<uint64_t>(lanes_of(2 * sum[v] >= least)) << (v * kCodeLanes);
+      const Quantized least = *reinterpret_cast<const Quantized*>(limits + p * W + v * kQuantizedLanes) + square;
+      near |= static_cast<uint64_t>(lanes_of(2 * sum[v] >= least)) << (v * kQuantizedLanes);
     }
     if (!near) continue;
     while (near) {
@@ -82,10 +76,10 @@ void come_nearer_by_codes(const CodedCloud<T>& cloud, int64_t p0, int64_t p1, co
   }
 }
 
-// On a lattice, where the squared distance of places p and q is center[p - q]. order [samples]: positions among the n
-// places, samples < n. places [n] and the scratch nearest [n] reach up to a multiple of the widest panel.
+// On a lattice, where the squared distance of cells p and q is center[p - q]. order [samples]: positions among the n
+// cells, samples < n. cells [n] and the scratch nearest [n] reach up to a multiple of the widest panel.
 template <class T>
-void sample_by_table(const int32_t* places, int64_t n, const T* center, int64_t samples, T* nearest, T infinity,
+void sample_by_table(const int32_t* cells, int64_t n, const T* center, int64_t samples, T* nearest, T infinity,
                      int64_t* order) {
   using V = typename Vector<T>::type;
   using Position = decltype(V{} < V{});  // integers as wide as T
@@ -100,12 +94,12 @@ void sample_by_table(const int32_t* places, int64_t n, const T* center, int64_t 
     order[step] = taken;
     if (step + 1 == samples) return;
     nearest[taken] = T(-1);
-    const T* from = center - places[taken];
+    const T* from = center - cells[taken];
     V farthest = V{} - 2;
     Position at{}, here = lane;
     for (int64_t i = 0; i < padded; i += lanes, here += lanes) {
       V& near = *reinterpret_cast<V*>(nearest + i);
-      const V distance = gather(from, places + i);
+      const V distance = gather(from, cells + i);
       near = distance < near ? distance : near;
       const auto farther = near > farthest;
       farthest = farther ? near : farthest;

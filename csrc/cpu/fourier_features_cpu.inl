@@ -1,4 +1,4 @@
-#include "simd.inl"
+#include "../simd/vectors.inl"
 
 // Cosines and sines [count] of one point; frequencies lie by dimension, each padded to a multiple of the lanes.
 inline void encode_point(const float* x, const float* frequencies, int64_t padded, int64_t dims, int64_t count,

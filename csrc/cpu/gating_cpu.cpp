@@ -26,8 +26,8 @@ struct GatingTile {
 
 }  // namespace
 
-#define VAMOH_KERNEL "gating_cpu.inl"
-#include "each_isa.inl"
+#define VAMOH_KERNEL "../cpu/gating_cpu.inl"
+#include "../simd/each_isa.inl"
 
 namespace vamoh {
 
@@ -38,33 +38,6 @@ constexpr int64_t kParts = 32;            // of a sum, added up in order; at mos
 constexpr int64_t kSlotFloats = 3 << 15;  // of slots filled before their products are taken
 constexpr int64_t kMostSlots = 12;
 constexpr int64_t kKlPoints = 4096;  // of one task
-
-struct Kernel {
-  decltype(&portable::load_rows) load;
-  decltype(&portable::store_rows) store;
-  decltype(&portable::gating_tile) forward;
-  decltype(&portable::gating_backward_tile) backward;
-  decltype(&portable::gating_parameters) parameters;
-  decltype(&portable::kl_rows) kl;
-  decltype(&portable::kl_grad_rows) kl_grad;
-};
-
-#define VAMOH_TABLE(isa)                                                                                        \
-  Kernel {                                                                                                      \
-    &isa::load_rows, &isa::store_rows, &isa::gating_tile, &isa::gating_backward_tile, &isa::gating_parameters, \
-        &isa::kl_rows, &isa::kl_grad_rows                                                                       \
-  }
-
-Kernel kernel(Isa isa) {
-#if VAMOH_X86
-  if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
-  if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
-#endif
-  (void)isa;
-  return VAMOH_TABLE(portable);
-}
-
-int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
 struct Range {
   int64_t begin, end;
@@ -125,7 +98,7 @@ struct Items {
 
   explicit Items(const GatingNet& net) {
     groups = net.shared ? 1 : std::max<int64_t>(std::min(net.batch, kParts), 1);
-    tile_parts = std::min(tiles_of(net.count), std::max<int64_t>(kParts / groups, 1));
+    tile_parts = std::min(ceil_div(net.count, kTile), std::max<int64_t>(kParts / groups, 1));
   }
   int64_t count() const { return groups * tile_parts; }
 };
@@ -133,7 +106,6 @@ struct Items {
 }  // namespace
 
 void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
-  const Kernel run = kernel(isa);
   const Layout layout(net);
   const Items items(net);
   const int64_t hidden = net.widths[0], components = net.widths.back(), count = net.count;
@@ -142,14 +114,16 @@ void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
   ThreadPool::get().run(items.count(), threads, [&](int64_t item, int worker) {
     float *coords = memory.get() + worker * scratch, *slot = coords + hidden * kTile;
     const Range functions = part_of(item / items.tile_parts, items.groups, net.batch);
-    const Range tiles = part_of(item % items.tile_parts, items.tile_parts, tiles_of(count));
+    const Range tiles = part_of(item % items.tile_parts, items.tile_parts, ceil_div(count, kTile));
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       const int64_t n = t * kTile, here = std::min(kTile, count - n);
-      if (net.shared) run.load(net.coords + n, count, hidden, here, coords);
+      if (net.shared) VAMOH_DISPATCH(isa, load_rows)(net.coords + n, count, hidden, here, coords);
       for (int64_t b = functions.begin; b < functions.end; ++b) {
-        if (!net.shared) run.load(net.coords + b * hidden * count + n, count, hidden, here, coords);
-        run.forward(layout.tile, coords, net.shift + b * hidden, net.values + (b * count + n) * net.channels, here,
-                    log_p + b * components * count + n, count, slot);
+        if (!net.shared)
+          VAMOH_DISPATCH(isa, load_rows)(net.coords + b * hidden * count + n, count, hidden, here, coords);
+        VAMOH_DISPATCH(isa, gating_tile)(layout.tile, coords, net.shift + b * hidden,
+                                         net.values + (b * count + n) * net.channels, here,
+                                         log_p + b * components * count + n, count, slot);
       }
     }
   });
@@ -157,7 +131,6 @@ void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
 
 void gating_backward(const GatingNet& net, const float* log_p, const float* grad, const GatingGrads& grads, int threads,
                      Isa isa) {
-  const Kernel run = kernel(isa);
   const Layout layout(net);
   const Items items(net);
   const GatingTile& tile = layout.tile;
@@ -172,7 +145,7 @@ void gating_backward(const GatingNet& net, const float* log_p, const float* grad
     float *first_slot = grad_coords + hidden * kTile, *total = parameters.get() + item * layout.parameters;
     const int64_t tile_part = item % items.tile_parts;
     const Range functions = part_of(item / items.tile_parts, items.groups, net.batch);
-    const Range tiles = part_of(tile_part, items.tile_parts, tiles_of(count));
+    const Range tiles = part_of(tile_part, items.tile_parts, ceil_div(count, kTile));
     float* shift = shifts.get() + tile_part * net.batch * hidden;
     std::fill(total, total + layout.parameters, 0.0f);
     std::fill(shift + functions.begin * hidden, shift + functions.end * hidden, 0.0f);
@@ -180,42 +153,44 @@ void gating_backward(const GatingNet& net, const float* log_p, const float* grad
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       const int64_t n = t * kTile, here = std::min(kTile, count - n);
       const auto begin = [&](int64_t at) {
-        run.load(net.coords + at, count, hidden, here, coords);
+        VAMOH_DISPATCH(isa, load_rows)(net.coords + at, count, hidden, here, coords);
         std::fill(grad_coords, grad_coords + hidden * kTile, 0.0f);
       };
-      const auto end = [&](int64_t at) { run.store(grad_coords, hidden, here, grads.coords + at, count); };
+      const auto end = [&](int64_t at) {
+        VAMOH_DISPATCH(isa, store_rows)(grad_coords, hidden, here, grads.coords + at, count);
+      };
       if (net.shared) begin(n);
       for (int64_t b = functions.begin; b < functions.end; ++b) {
         const int64_t at = b * hidden * count + n;
         if (!net.shared) begin(at);
         const int64_t value = (b * count + n) * net.channels, out = b * components * count + n;
-        run.backward(tile, coords, net.shift + b * hidden, net.values + value, here, log_p + out, grad + out, count,
-                     first_slot + filled * tile.slot, grad_coords, shift + b * hidden,
-                     grads.values ? grads.values + value : nullptr);
+        VAMOH_DISPATCH(isa, gating_backward_tile)(tile, coords, net.shift + b * hidden, net.values + value, here,
+                                                  log_p + out, grad + out, count, first_slot + filled * tile.slot,
+                                                  grad_coords, shift + b * hidden,
+                                                  grads.values ? grads.values + value : nullptr);
         if (++filled == slots) {
-          run.parameters(tile, first_slot, filled, total);
+          VAMOH_DISPATCH(isa, gating_parameters)(tile, first_slot, filled, total);
           filled = 0;
         }
         if (!net.shared) end(at);
       }
       if (net.shared) end(n);
     }
-    if (filled) run.parameters(tile, first_slot, filled, total);
+    if (filled) VAMOH_DISPATCH(isa, gating_parameters)(tile, first_slot, filled, total);
   });
   add_parts(parameters.get(), items.count(), layout.parameters, grads.parameters);
   add_parts(shifts.get(), items.tile_parts, net.batch * hidden, grads.shift);
 }
 
-void categorical_kl(const float* log_q, const float* log_p, bool uniform, const bool* mask, int64_t mask_step, float* q,
-                    float* kl, int64_t batch, int64_t components, int64_t count, int threads, Isa isa) {
-  const Kernel run = kernel(isa);
-  const int64_t parts = (count + kKlPoints - 1) / kKlPoints, p_step = uniform ? 1 : count;
+void categorical_kl(const float* log_q, const float* log_p, bool uniform, const bool* mask, int64_t mask_stride,
+                    float* q, float* kl, int64_t batch, int64_t components, int64_t count, int threads, Isa isa) {
+  const int64_t parts = ceil_div(count, kKlPoints), p_stride = uniform ? 1 : count;
   const Buffer<double> sums = allocate<double>(batch * parts);
   ThreadPool::get().run(batch * parts, threads, [&](int64_t task, int) {
     const int64_t b = task / parts, n = task % parts * kKlPoints, at = b * components * count + n;
-    sums[task] =
-        run.kl(log_q + at, log_p + (uniform ? b * components : at), uniform, p_step,
-               mask ? mask + b * mask_step + n : nullptr, q + at, components, std::min(kKlPoints, count - n), count);
+    sums[task] = VAMOH_DISPATCH(isa, kl_rows)(log_q + at, log_p + (uniform ? b * components : at), uniform, p_stride,
+                                              mask ? mask + b * mask_stride + n : nullptr, q + at, components,
+                                              std::min(kKlPoints, count - n), count);
   });
   for (int64_t b = 0; b < batch; ++b) {
     double total = 0;
@@ -227,11 +202,10 @@ void categorical_kl(const float* log_q, const float* log_p, bool uniform, const 
 void categorical_kl_backward(const float* grad_q, const float* grad_kl, const float* q, const float* log_q,
                              const float* log_p, bool uniform, float* grad_log_q, float* grad_log_p, int64_t batch,
                              int64_t components, int64_t count, int threads, Isa isa) {
-  const Kernel run = kernel(isa);
   ThreadPool::get().run(batch * components, threads, [&](int64_t row, int) {
     const int64_t at = row * count;
-    run.kl_grad(grad_q + at, grad_kl[row / components], q + at, log_q + at, log_p + (uniform ? row : at), uniform,
-                grad_log_q + at, grad_log_p + at, count);
+    VAMOH_DISPATCH(isa, kl_grad_rows)(grad_q + at, grad_kl[row / components], q + at, log_q + at,
+                                      log_p + (uniform ? row : at), uniform, grad_log_q + at, grad_log_p + at, count);
   });
 }
 

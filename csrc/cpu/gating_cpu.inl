@@ -1,6 +1,6 @@
-#include "simd.inl"
+#include "../simd/vectors.inl"
 
-#include "panel.inl"
+#include "../simd/panel.inl"
 
 #if defined(__clang__)
 #define VAMOH_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -8,15 +8,15 @@
 #define VAMOH_PICK(a, b, ...) __builtin_shuffle(a, b, Vi4{__VA_ARGS__})
 #endif
 
-// panel[c][r] = rows[r * step + c] for r < count.
-inline void transpose(const float* rows, int64_t step, int64_t count, int64_t columns, float* panel) {
+// panel[c][r] = rows[r * stride + c] for r < count.
+inline void transpose(const float* rows, int64_t stride, int64_t count, int64_t columns, float* panel) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4, rows += 4 * step) {
+  for (; r + 4 <= count; r += 4, rows += 4 * stride) {
     int64_t c = 0;
     float* to = panel + r;
     for (; c + 4 <= columns; c += 4, to += 4 * kPanel) {
       V4 x[4];
-      for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const V4*>(rows + i * step + c);
+      for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const V4*>(rows + i * stride + c);
       const V4 a = VAMOH_PICK(x[0], x[1], 0, 4, 1, 5), b = VAMOH_PICK(x[2], x[3], 0, 4, 1, 5);
       const V4 d = VAMOH_PICK(x[0], x[1], 2, 6, 3, 7), e = VAMOH_PICK(x[2], x[3], 2, 6, 3, 7);
       *reinterpret_cast<V4*>(to) = VAMOH_PICK(a, b, 0, 1, 4, 5);
@@ -25,17 +25,17 @@ inline void transpose(const float* rows, int64_t step, int64_t count, int64_t co
       *reinterpret_cast<V4*>(to + 3 * kPanel) = VAMOH_PICK(d, e, 2, 3, 6, 7);
     }
     for (; c < columns; ++c, to += kPanel)
-      for (int64_t i = 0; i < 4; ++i) to[i] = rows[i * step + c];
+      for (int64_t i = 0; i < 4; ++i) to[i] = rows[i * stride + c];
   }
-  for (; r < count; ++r, rows += step)
+  for (; r < count; ++r, rows += stride)
     for (int64_t c = 0; c < columns; ++c) panel[c * kPanel + r] = rows[c];
 }
 
 #undef VAMOH_PICK
 
-// panel[r][p] = rows[r * step + p] for p < count, 0 for the other p < kPanel.
-inline void load_rows(const float* from, int64_t step, int64_t rows, int64_t count, float* panel) {
-  for (int64_t r = 0; r < rows; ++r, from += step, panel += kPanel) {
+// panel[r][p] = rows[r * stride + p] for p < count, 0 for the other p < kPanel.
+inline void load_rows(const float* from, int64_t stride, int64_t rows, int64_t count, float* panel) {
+  for (int64_t r = 0; r < rows; ++r, from += stride, panel += kPanel) {
     if (count == kPanel) {
       for (int p = 0; p < kPanel; p += kLanes) store(panel + p, load(from + p));
     } else {
@@ -44,8 +44,8 @@ inline void load_rows(const float* from, int64_t step, int64_t rows, int64_t cou
   }
 }
 
-inline void store_rows(const float* panel, int64_t rows, int64_t count, float* to, int64_t step) {
-  for (int64_t r = 0; r < rows; ++r, panel += kPanel, to += step) {
+inline void store_rows(const float* panel, int64_t rows, int64_t count, float* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, panel += kPanel, to += stride) {
     if (count == kPanel) {
       for (int p = 0; p < kPanel; p += kLanes) store(to + p, load(panel + p));
     } else {
@@ -129,15 +129,15 @@ inline void run_layers(const GatingTile& net, const float* coords, const float* 
   }
 }
 
-// log_p[k * step + p] of the points p < count <= kPanel of one function. coords: panel [H].
+// log_p[k * stride + p] of the points p < count <= kPanel of one function. coords: panel [H].
 void gating_tile(const GatingTile& net, const float* coords, const float* shift, const float* values, int64_t count,
-                 float* log_p, int64_t step, float* slot) {
+                 float* log_p, int64_t stride, float* slot) {
   const int64_t components = net.widths[net.layers];
   float* logits = slot + net.grads_at[net.layers];
   run_layers(net, coords, shift, values, count, true, slot);
   if (net.bounded) tanh_rows(logits, components);
   log_softmax(logits, components);
-  store_rows(logits, components, count, log_p, step);
+  store_rows(logits, components, count, log_p, stride);
 }
 
 // out[r] += sum of row r of a panel; also added to the panel `total` where it is not null.
@@ -157,11 +157,11 @@ inline void add_rows(const float* panel, int64_t rows, float* out, float* total)
   }
 }
 
-// Fills a slot with the layers' inputs and the gradients of their outputs, from log_p and its gradient (rows `step`
+// Fills a slot with the layers' inputs and the gradients of their outputs, from log_p and its gradient (rows `stride`
 // apart). Adds the first layer's gradient to the panel grad_coords [H] and, summed over the points, to grad_shift [H];
 // writes grad_values [count, C] if not null.
 void gating_backward_tile(const GatingTile& net, const float* coords, const float* shift, const float* values,
-                          int64_t count, const float* log_p, const float* grad, int64_t step, float* slot,
+                          int64_t count, const float* log_p, const float* grad, int64_t stride, float* slot,
                           float* grad_coords, float* grad_shift, float* grad_values) {
   const int64_t layers = net.layers, components = net.widths[layers];
   run_layers(net, coords, shift, values, count, net.bounded, slot);
@@ -169,18 +169,18 @@ void gating_backward_tile(const GatingTile& net, const float* coords, const floa
   if (net.bounded) tanh_rows(d, components);
   if (count < kPanel) {
     float *log_p_panel = slot + net.spare_at, *grad_panel = log_p_panel + components * kPanel;
-    load_rows(log_p, step, components, count, log_p_panel);
-    load_rows(grad, step, components, count, grad_panel);
+    load_rows(log_p, stride, components, count, log_p_panel);
+    load_rows(grad, stride, components, count, grad_panel);
     log_p = log_p_panel;
     grad = grad_panel;
-    step = kPanel;
+    stride = kPanel;
   }
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     V total = V{};
-    for (int64_t k = 0; k < components; ++k) total += load(grad + k * step + lane);
+    for (int64_t k = 0; k < components; ++k) total += load(grad + k * stride + lane);
     for (int64_t k = 0; k < components; ++k) {
       float* at = d + k * kPanel + lane;
-      V v = load(grad + k * step + lane) - exp(load(log_p + k * step + lane)) * total;
+      V v = load(grad + k * stride + lane) - exp(load(log_p + k * stride + lane)) * total;
       if (net.bounded) v *= 1.0f - load(at) * load(at);
       store(at, v);
     }
@@ -218,11 +218,11 @@ void gating_parameters(const GatingTile& net, const float* slots, int64_t count,
   }
 }
 
-// One function's q and divergence over `count` points; rows of log_q and q are `step` apart, those of log_p p_step.
-double kl_rows(const float* log_q, const float* log_p, bool uniform, int64_t p_step, const bool* mask, float* q,
-               int64_t components, int64_t count, int64_t step) {
+// One function's q and divergence over `count` points; rows of log_q and q are `stride` apart, those of log_p p_stride.
+double kl_rows(const float* log_q, const float* log_p, bool uniform, int64_t p_stride, const bool* mask, float* q,
+               int64_t components, int64_t count, int64_t stride) {
   double result = 0;
-  for (int64_t k = 0; k < components; ++k, log_q += step, log_p += p_step, q += step) {
+  for (int64_t k = 0; k < components; ++k, log_q += stride, log_p += p_stride, q += stride) {
     V total = V{};
     int64_t n = 0;
     for (; n < count; n += kLanes) {

@@ -4,7 +4,7 @@
 
 #include "../inr_mixture.h"
 #include "../threads.h"
-#include "likelihood.h"
+#include "../simd/likelihood.h"
 #include "memory.h"
 
 namespace vamoh {
@@ -42,12 +42,12 @@ struct Gradients {  // of Nets
 struct Features {
   const float* panels;
   const float* rows;
-  int64_t count;  // panels
-  int64_t pairs;  // the first of them, which also serve the points opposite
-  int64_t last;   // points in the last one
+  int64_t count;     // panels
+  int64_t mirrored;  // the first of them, which also serve their mirror points
+  int64_t last;      // points in the last one
 };
 
-// For a tile; the panels of points opposite follow the `count` of the points.
+// For a tile; the panels of mirror points follow the `count` of the points.
 struct Workspace {
   float* hidden;      // outputs of the hidden layers, each [panels of points][nets][width][kPanel]
   float* derivative;  // of the activation, same layout; only if keep_derivative
@@ -61,8 +61,8 @@ struct Workspace {
 
 }  // namespace vamoh
 
-#define VAMOH_KERNEL "inr_mixture_cpu.inl"
-#include "each_isa.inl"
+#define VAMOH_KERNEL "../cpu/inr_mixture_cpu.inl"
+#include "../simd/each_isa.inl"
 
 namespace vamoh {
 
@@ -74,35 +74,10 @@ constexpr int64_t kMostTilePanels = 16;
 constexpr int64_t kItemPanels = 32;  // panels of features per work item where no gradient is summed over points
 constexpr int64_t kFewNets = 8;      // fewer than these share their points among work items also where one is
 
-struct Kernel {
-  decltype(&portable::forward) forward;
-  decltype(&portable::backward) backward;
-  decltype(&portable::score_panel) score;
-  decltype(&portable::mix_panel) mix;
-  decltype(&portable::gather_panel) gather;
-  decltype(&portable::scatter_panel) scatter;
-  decltype(&portable::gather_rows) gather_rows;
-};
-
-Kernel kernel(Isa isa) {
-#define VAMOH_TABLE(isa)                                                                                          \
-  {                                                                                                               \
-    &isa::forward, &isa::backward, &isa::score_panel, &isa::mix_panel, &isa::gather_panel, &isa::scatter_panel, \
-        &isa::gather_rows                                                                                         \
-  }
-#if VAMOH_X86
-  if (isa == Isa::avx512) return VAMOH_TABLE(avx512);
-  if (isa == Isa::avx2) return VAMOH_TABLE(avx2);
-#endif
-  (void)isa;
-  return VAMOH_TABLE(portable);
-#undef VAMOH_TABLE
-}
-
-// The points of a function in the order of its panels: those with another opposite to them, then all others.
+// The points of a function in the order of its panels: those with a mirror point behind them, then all others.
 struct Order {
-  std::vector<int64_t> index[2];  // of the points, and of those opposite to the first of them
-  int64_t panels, pairs;          // panels, and those of them that have points opposite
+  std::vector<int64_t> index[2];  // of the points, and of the mirror points of the first of them
+  int64_t panels, mirrored;       // panels, and those of them that have mirror points
 
   // How many points panel p of a side holds.
   int64_t count(int side, int64_t p) const {
@@ -112,7 +87,7 @@ struct Order {
 
 Order order_of(const InrMixture& mixture, bool mirrored, const bool* mask) {
   Order order;
-  std::vector<int64_t>&here = order.index[0], &opposite = order.index[1];
+  std::vector<int64_t>&here = order.index[0], &mirror = order.index[1];
   std::vector<int64_t> alone;
   const auto observed = [mask](int64_t i) { return mask == nullptr || mask[i]; };
   for (int64_t i = 0; i < (mixture.batch ? mixture.points : 0); ++i) {
@@ -122,18 +97,18 @@ Order order_of(const InrMixture& mixture, bool mirrored, const bool* mask) {
       alone.push_back(i);
     } else if (i < j) {
       here.push_back(i);
-      opposite.push_back(j);
+      mirror.push_back(j);
     }
   }
   here.insert(here.end(), alone.begin(), alone.end());
-  order.panels = (static_cast<int64_t>(here.size()) + kPanel - 1) / kPanel;
-  order.pairs = (static_cast<int64_t>(opposite.size()) + kPanel - 1) / kPanel;
+  order.panels = ceil_div(static_cast<int64_t>(here.size()), kPanel);
+  order.mirrored = ceil_div(static_cast<int64_t>(mirror.size()), kPanel);
   return order;
 }
 
 struct Points {  // of a panel
   const int64_t* index;
-  int64_t count, computed;  // opposite, also points that are not there are computed where their partners are
+  int64_t count, computed;  // of mirror points, also those are computed that are not there but whose partners are
 };
 
 // Part of the work: networks `net` to net + count of all B * K at the panels from `first` to `end`, one of the pieces
@@ -146,13 +121,13 @@ struct Item {
 class Plan {
  public:
   Plan(const InrMixture& mixture, bool gradients, int threads, Isa isa)
-      : run(kernel(isa)),
+      : isa(isa),
         mixture(mixture),
         channels(mixture.widths[mixture.depth]),
         nets(mixture.batch * mixture.components),
         threads_(std::max(threads, 1)),
         gradients_(gradients),
-        shared_features_(mixture.features_step == 0 && mixture.mask == nullptr) {
+        shared_features_(mixture.features_stride == 0 && mixture.mask == nullptr) {
     const int64_t depth = mixture.depth;
     const int64_t* widths = mixture.widths;
     for (int64_t l = 0, weights = 0; l < depth; weights += widths[l] * widths[l + 1], ++l)
@@ -184,8 +159,8 @@ class Plan {
     tile = std::min(std::max(kTileBytes / per_panel / sides_, int64_t{1}), kMostTilePanels / sides_);
     span_ = shared_features_ ? nets : mixture.components;
     group = std::max<int64_t>(std::min({most, span_, nets / threads_}), 1);
-    pieces = (panels_ + kItemPanels - 1) / kItemPanels;
-    if (gradients) pieces = std::min((kFewNets + nets - 1) / std::max<int64_t>(nets, 1), panels_);
+    pieces = ceil_div(panels_, kItemPanels);
+    if (gradients) pieces = std::min(ceil_div(kFewNets, std::max<int64_t>(nets, 1)), panels_);
     pieces = std::max<int64_t>(pieces, 1);
     if (shared_features_)
       copy_shared_features();
@@ -200,23 +175,23 @@ class Plan {
   Features features(int64_t b, int64_t p, int64_t end, int worker) const {
     const Order& order = order_at(b);
     const int64_t count = std::min(tile, end - p), size = mixture.widths[0] * kPanel;
-    const int64_t pairs = std::min(std::max<int64_t>(order.pairs - p, 0), count);
+    const int64_t mirrored = std::min(std::max<int64_t>(order.mirrored - p, 0), count);
     const int64_t last = order.count(0, p + count - 1);
     if (shared_features_)
-      return {shared_.get() + p * size, with_rows_ ? shared_rows_ + p * size : nullptr, count, pairs, last};
+      return {shared_.get() + p * size, with_rows_ ? shared_rows_ + p * size : nullptr, count, mirrored, last};
     float* copy = tile_features_.get() + worker * features_size(tile);
     float* rows = with_rows_ ? copy + tile * size : nullptr;
     for (int64_t i = 0; i < count; ++i)
-      copy_panel(mixture.features + b * mixture.features_step, order, p + i, copy + i * size,
+      copy_panel(mixture.features + b * mixture.features_stride, order, p + i, copy + i * size,
                  rows ? rows + i * size : nullptr);
-    return {copy, rows, count, pairs, last};
+    return {copy, rows, count, mirrored, last};
   }
 
   // Calls task(i, points) for the panels of points of a tile of function b from panel p on.
   template <class Task>
   void for_each_panel(int64_t b, int64_t p, const Features& features, const Task& task) const {
     const Order& order = order_at(b);
-    for (int64_t i = 0; i < features.count + features.pairs; ++i) {
+    for (int64_t i = 0; i < features.count + features.mirrored; ++i) {
       const int side = i < features.count ? 0 : 1;
       const int64_t panel = p + i - side * features.count;
       task(i, Points{order.index[side].data() + panel * kPanel, order.count(side, panel), order.count(0, panel)});
@@ -225,8 +200,8 @@ class Plan {
 
   void gather_values(const float* values, int64_t b, int64_t p, const Features& features, const Workspace& work) const {
     for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
-      run.gather(values + b * mixture.points * channels, points.index, points.count, channels,
-                 work.values + i * channels * kPanel);
+      VAMOH_DISPATCH(isa, gather_panel)(values + b * mixture.points * channels, points.index, points.count, channels,
+                                        work.values + i * channels * kPanel);
     });
   }
 
@@ -296,7 +271,7 @@ class Plan {
   // Calls task(item, worker) for all items.
   template <class Task>
   void for_each_item(const Task& task) const {
-    const int64_t groups = (span_ + group - 1) / group, length = (panels_ + pieces - 1) / pieces;
+    const int64_t groups = ceil_div(span_, group), length = ceil_div(panels_, pieces);
     ThreadPool::get().run(nets / std::max<int64_t>(span_, 1) * groups * pieces, threads_, [&](int64_t i, int worker) {
       const int64_t piece = i % pieces, span = i / pieces / groups * span_, net = span + i / pieces % groups * group;
       const int64_t panels = order_at(net / mixture.components).panels, first = std::min(piece * length, panels);
@@ -307,14 +282,14 @@ class Plan {
   // The same for tiles of a function, with all its networks: task(b, first panel, end, worker).
   template <class Task>
   void for_each_tile(const Task& task) const {
-    const int64_t tiles = (panels_ + tile - 1) / tile;
+    const int64_t tiles = ceil_div(panels_, tile);
     ThreadPool::get().run(mixture.batch * tiles, threads_, [&](int64_t i, int worker) {
       const int64_t p = i % tiles * tile;
       task(i / tiles, p, std::min(p + tile, panels_), worker);
     });
   }
 
-  const Kernel run;
+  const Isa isa;
   const InrMixture& mixture;
   const int64_t channels, nets;  // nets: B * K
   Network net;
@@ -324,13 +299,14 @@ class Plan {
   const Order& order_at(int64_t b) const { return orders_[mixture.mask ? b : 0]; }
 
   int64_t row_at(int64_t n) const {
-    return n / mixture.components * mixture.theta_batch_step + n % mixture.components * mixture.theta_component_step;
+    return n / mixture.components * mixture.theta_batch_stride +
+           n % mixture.components * mixture.theta_component_stride;
   }
 
   void copy_panel(const float* matrix, const Order& order, int64_t p, float* panel, float* rows) const {
     const int64_t *index = order.index[0].data() + p * kPanel, count = order.count(0, p);
-    run.gather(matrix, index, count, mixture.widths[0], panel);
-    if (rows) run.gather_rows(matrix, index, count, mixture.widths[0], rows);
+    VAMOH_DISPATCH(isa, gather_panel)(matrix, index, count, mixture.widths[0], panel);
+    if (rows) VAMOH_DISPATCH(isa, gather_rows)(matrix, index, count, mixture.widths[0], rows);
   }
 
   void copy_shared_features() {
@@ -381,11 +357,12 @@ void inr_mixture(const InrMixture& mixture, float* outputs, int threads, Isa isa
     const Workspace work = plan.workspace(worker);
     for (int64_t p = item.first, b = item.net / mixture.components; p < item.end; p += plan.tile) {
       const Features features = plan.features(b, p, item.end, worker);
-      plan.run.forward(plan.net, nets, features, work);
+      VAMOH_DISPATCH(plan.isa, forward)(plan.net, nets, features, work);
       plan.for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
         for (int64_t which = 0; which < item.count; ++which)
-          plan.run.scatter(work.outputs + (i * item.count + which) * channels * kPanel, points.index, points.count,
-                           channels, outputs + (item.net + which) * mixture.points * channels);
+          VAMOH_DISPATCH(plan.isa, scatter_panel)(work.outputs + (i * item.count + which) * channels * kPanel,
+                                                  points.index, points.count, channels,
+                                                  outputs + (item.net + which) * mixture.points * channels);
       });
     }
   });
@@ -401,13 +378,14 @@ void inr_mixture_backward(const InrMixture& mixture, const float* grad_outputs, 
     const Workspace work = plan.workspace(worker);
     for (int64_t p = item.first, b = item.net / mixture.components; p < item.end; p += plan.tile) {
       const Features features = plan.features(b, p, item.end, worker);
-      plan.run.forward(plan.net, nets, features, work);
+      VAMOH_DISPATCH(plan.isa, forward)(plan.net, nets, features, work);
       plan.for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
         for (int64_t which = 0; which < item.count; ++which)
-          plan.run.gather(grad_outputs + (item.net + which) * mixture.points * channels, points.index, points.count,
-                          channels, work.grad[(mixture.depth - 1) % 2] + (i * item.count + which) * channels * kPanel);
+          VAMOH_DISPATCH(plan.isa, gather_panel)(
+              grad_outputs + (item.net + which) * mixture.points * channels, points.index, points.count, channels,
+              work.grad[(mixture.depth - 1) % 2] + (i * item.count + which) * channels * kPanel);
       });
-      plan.run.backward(plan.net, nets, features, work, grads);
+      VAMOH_DISPATCH(plan.isa, backward)(plan.net, nets, features, work, grads);
     }
     plan.finish(item, grads);
   });
@@ -426,15 +404,16 @@ void inr_mixture_log_likelihood(const InrMixture& mixture, const PointLikelihood
     alignas(64) float scores[kPanel];
     for (int64_t p = item.first, b = item.net / components; p < item.end; p += plan.tile) {
       const Features features = plan.features(b, p, item.end, worker);
-      plan.run.forward(plan.net, nets, features, work);
+      VAMOH_DISPATCH(plan.isa, forward)(plan.net, nets, features, work);
       for (int64_t which = 0; which < item.count; ++which) {
         const int64_t n = item.net + which;
         if (which == 0 || n % components == 0) plan.gather_values(values, n / components, p, features, work);
         plan.for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
-          plan.run.score(&channel[n % components * channels], channels,
-                         work.outputs + (i * item.count + which) * channels * kPanel,
-                         work.values + i * channels * kPanel, nullptr, points.count, scores, nullptr, nullptr);
-          plan.run.scatter(scores, points.index, points.count, 1, log_p + n * mixture.points);
+          VAMOH_DISPATCH(plan.isa, score_panel)(&channel[n % components * channels], channels,
+                                                work.outputs + (i * item.count + which) * channels * kPanel,
+                                                work.values + i * channels * kPanel, nullptr, points.count, scores,
+                                                nullptr, nullptr);
+          VAMOH_DISPATCH(plan.isa, scatter_panel)(scores, points.index, points.count, 1, log_p + n * mixture.points);
         });
       }
     }
@@ -456,20 +435,20 @@ void inr_mixture_expected_log_likelihood(const InrMixture& mixture, const PointL
     alignas(64) float scores[kPanel], q[kPanel];
     for (int64_t p = item.first, b = item.net / components; p < item.end; p += plan.tile) {
       const Features features = plan.features(b, p, item.end, worker);
-      plan.run.forward(plan.net, nets, features, work);
+      VAMOH_DISPATCH(plan.isa, forward)(plan.net, nets, features, work);
       for (int64_t which = 0; which < item.count; ++which) {
         const int64_t n = item.net + which, part = item.piece * plan.nets + n;
         if (which == 0 || n % components == 0) plan.gather_values(values, n / components, p, features, work);
         plan.for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
           const int64_t at = (i * item.count + which) * channels * kPanel;
-          plan.run.gather(weights + n * mixture.points, points.index, points.count, 1, q);
-          parts[part] += plan.run.score(&channel[n % components * channels], channels, work.outputs + at,
-                                        work.values + i * channels * kPanel, q, points.computed, scores,
-                                        work.grad[(mixture.depth - 1) % 2] + at, &by_scale[part * channels]);
-          plan.run.scatter(scores, points.index, points.count, 1, log_p + n * mixture.points);
+          VAMOH_DISPATCH(plan.isa, gather_panel)(weights + n * mixture.points, points.index, points.count, 1, q);
+          parts[part] += VAMOH_DISPATCH(plan.isa, score_panel)(
+              &channel[n % components * channels], channels, work.outputs + at, work.values + i * channels * kPanel, q,
+              points.computed, scores, work.grad[(mixture.depth - 1) % 2] + at, &by_scale[part * channels]);
+          VAMOH_DISPATCH(plan.isa, scatter_panel)(scores, points.index, points.count, 1, log_p + n * mixture.points);
         });
       }
-      plan.run.backward(plan.net, nets, features, work, grads);
+      VAMOH_DISPATCH(plan.isa, backward)(plan.net, nets, features, work, grads);
     }
     plan.finish(item, grads);
   });
@@ -487,7 +466,7 @@ void inr_mixture_mean(const InrMixture& mixture, const PointLikelihood& likeliho
                       float* mean, float* mean_map, int threads, Isa isa) {
   const Plan plan(mixture, false, threads, isa);
   const int64_t components = mixture.components, channels = plan.channels;
-  const int64_t size = 2 * plan.tile * kPanel;  // points of a tile and those opposite
+  const int64_t size = 2 * plan.tile * kPanel;  // points of a tile and their mirror points
   const Buffer<float> scratch = allocate<float>(std::max(threads, 1) * size * (2 * channels + 1));
   plan.for_each_tile([&](int64_t b, int64_t p, int64_t end, int worker) {
     const Features features = plan.features(b, p, end, worker);
@@ -499,25 +478,25 @@ void inr_mixture_mean(const InrMixture& mixture, const PointLikelihood& likeliho
     alignas(64) float shares[kPanel];
     for (int64_t k = 0; k < components; k += plan.group) {
       const int64_t group = std::min(plan.group, components - k);
-      plan.run.forward(plan.net, plan.parameters(b * components + k, group, worker), features, work);
+      VAMOH_DISPATCH(plan.isa, forward)(plan.net, plan.parameters(b * components + k, group, worker), features, work);
       plan.for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
         for (int64_t which = 0; which < group; ++which) {
           const float* row = log_pi + (b * components + k + which) * (uniform ? 1 : mixture.points);
           if (uniform)
             std::fill_n(shares, kPanel, row[0]);
           else
-            plan.run.gather(row, points.index, points.count, 1, shares);
-          plan.run.mix(likelihood.kind, channels, work.outputs + (i * group + which) * channels * kPanel, shares,
-                       points.count, k + which == 0, largest + i * kPanel, mixed + i * channels * kPanel,
-                       best + i * channels * kPanel);
+            VAMOH_DISPATCH(plan.isa, gather_panel)(row, points.index, points.count, 1, shares);
+          VAMOH_DISPATCH(plan.isa, mix_panel)(
+              likelihood.kind, channels, work.outputs + (i * group + which) * channels * kPanel, shares, points.count,
+              k + which == 0, largest + i * kPanel, mixed + i * channels * kPanel, best + i * channels * kPanel);
         }
       });
     }
     plan.for_each_panel(b, p, features, [&](int64_t i, const Points& points) {
-      plan.run.scatter(mixed + i * channels * kPanel, points.index, points.count, channels,
-                       mean + b * mixture.points * channels);
-      plan.run.scatter(best + i * channels * kPanel, points.index, points.count, channels,
-                       mean_map + b * mixture.points * channels);
+      VAMOH_DISPATCH(plan.isa, scatter_panel)(mixed + i * channels * kPanel, points.index, points.count, channels,
+                                              mean + b * mixture.points * channels);
+      VAMOH_DISPATCH(plan.isa, scatter_panel)(best + i * channels * kPanel, points.index, points.count, channels,
+                                              mean_map + b * mixture.points * channels);
     });
   });
 }

@@ -1,9 +1,9 @@
 // Networks at one tile of points, forward and backward. Points lie in panels (panel.inl); with a mirror, a panel of
-// features serves two panels of points, those on its one side and those opposite.
+// features serves two panels of points, those on one side and their mirror points.
 
-#include "simd.inl"
-#include "panel.inl"
-#include "likelihood.inl"
+#include "../simd/vectors.inl"
+#include "../simd/panel.inl"
+#include "../simd/likelihood.inl"
 
 using vamoh::Features;
 using vamoh::Gradients;
@@ -68,7 +68,7 @@ struct Deactivate {
 
 template <bool kKeep>
 inline void forward_layers(const Network& net, const Nets& nets, const Features& features, const Workspace& work) {
-  const int64_t points = features.count + features.pairs;  // panels
+  const int64_t points = features.count + features.mirrored;  // panels
   const Lanes lanes{features};
   const auto activate = [&](int64_t layer, int64_t panel, int64_t which) __attribute__((always_inline)) {
     const int64_t width = net.widths[layer + 1], before = net.hidden_at[layer] * points * nets.count;
@@ -81,7 +81,7 @@ inline void forward_layers(const Network& net, const Nets& nets, const Features&
     if (net.depth == 1) {
       product(nets.weight, encoded, 1, x, kPanel, rows, encoded, lanes(p), FromColumn{nets.bias},
               ToMatrix{work.outputs + p * rows * kPanel, kPanel});
-    } else if (p >= features.pairs) {
+    } else if (p >= features.mirrored) {
       product(nets.weight, encoded, 1, x, kPanel, rows, encoded, lanes(p), FromColumn{nets.bias}, activate(0, p, 0));
     } else {
       product(nets.weight, encoded, 1, x, kPanel, rows, half, lanes(p), FromColumn{nets.bias},
@@ -115,27 +115,27 @@ inline void backward_first(const Network& net, int64_t rows, const Features& fea
                            const Gradients& grads) {
   const int64_t in = net.widths[0], panel = rows * kPanel, split = net.mirrored ? in / 2 : in;
   for (int64_t r = 0; r < rows; ++r)
-    grads.bias[r] += row_sum(d + r * kPanel, panel, features.count + features.pairs, Lanes{features});
-  float* opposite = d + features.count * panel;
-  for (int64_t i = 0; i < features.pairs * panel; i += kLanes) {
-    const V a = load(d + i), b = load(opposite + i);
+    grads.bias[r] += row_sum(d + r * kPanel, panel, features.count + features.mirrored, Lanes{features});
+  float* mirror = d + features.count * panel;
+  for (int64_t i = 0; i < features.mirrored * panel; i += kLanes) {
+    const V a = load(d + i), b = load(mirror + i);
     store(d + i, a + b);
-    store(opposite + i, a - b);
+    store(mirror + i, a - b);
   }
   if (!features.rows) {
     const float* x = features.panels;
     dots(d, panel, x, in * kPanel, features.count, rows, split, grads.weight, in, Lanes{features});
     if (split == in) return;
     x += split * kPanel;
-    dots(opposite, panel, x, in * kPanel, features.pairs, rows, split, grads.weight + split, in, Lanes{features});
-    dots(d + features.pairs * panel, panel, x + features.pairs * in * kPanel, in * kPanel,
-         features.count - features.pairs, rows, split, grads.weight + split, in, Lanes{features, features.pairs});
+    dots(mirror, panel, x, in * kPanel, features.mirrored, rows, split, grads.weight + split, in, Lanes{features});
+    dots(d + features.mirrored * panel, panel, x + features.mirrored * in * kPanel, in * kPanel,
+         features.count - features.mirrored, rows, split, grads.weight + split, in, Lanes{features, features.mirrored});
     return;
   }
   for (int64_t p = 0; p < features.count; ++p) {
     const int64_t points = p < features.count - 1 ? kPanel : features.last;
     for (int64_t column = 0; column < in; column += kPanel)
-      product((p < features.pairs && column >= split ? opposite : d) + p * panel, kPanel, 1,
+      product((p < features.mirrored && column >= split ? mirror : d) + p * panel, kPanel, 1,
               features.rows + (p * in + column) * kPanel, kPanel, rows, points, kPanel,
               FromMatrix{grads.weight + column, in}, ToMatrix{grads.weight + column, in});
   }
@@ -144,7 +144,7 @@ inline void backward_first(const Network& net, int64_t rows, const Features& fea
 template <bool kKeep>
 inline void backward_layers(const Network& net, const Nets& nets, const Features& features, const Workspace& work,
                             const Gradients& grads) {
-  const int64_t points = features.count + features.pairs;
+  const int64_t points = features.count + features.mirrored;
   const Lanes lanes{features};
   for (int64_t layer = net.depth - 1; layer > 0; --layer) {
     const int64_t in = net.widths[layer], out = net.widths[layer + 1];
@@ -252,8 +252,8 @@ double score_panel(const Channel* channels, int64_t count, const float* outputs,
   return sum(value);
 }
 
-// mixed += e^log_pi * mean of the outputs, and best = that mean where log_pi exceeds `largest`, at the first `points` of
-// a panel. `first`: of all components. As in torch's argmax, NaN exceeds all; e^log_pi may round two values to one.
+// mixed += e^log_pi * mean of the outputs, and best = that mean where log_pi exceeds `largest`, at the first `points`
+// of a panel. `first`: of all components. As in torch's argmax, NaN exceeds all; e^log_pi may round two values to one.
 void mix_panel(PointLikelihood::Kind kind, int64_t count, const float* outputs, const float* log_pi, int64_t points,
                bool first, float* largest, float* mixed, float* best) {
   for (int64_t lane = 0; lane < points; lane += kLanes) {

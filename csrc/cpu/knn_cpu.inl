@@ -1,13 +1,9 @@
-#include "panels.inl"
-#include "codes.inl"
-
 constexpr int kVectors = 2;  // of points per panel
-constexpr int kRows = 4;     // queries per tile: kRows * kVectors sums stay in registers
 
-template <class T>
-constexpr int64_t panel_width() {
-  return kVectors * Vector<T>::lanes;
-}
+#include "../simd/cloud.inl"
+#include "../simd/quantized_cloud.inl"
+
+constexpr int kRows = 4;  // queries per tile: kRows * kVectors sums stay in registers
 
 // Puts (distance, position) into a list sorted by distance, after its equals, and drops the last entry.
 template <class T>
@@ -63,7 +59,7 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
       bool nearer;
       int64_t d = 0;
       do {
-        const int64_t stop = d + kDimsPerLook < dims ? d + kDimsPerLook : dims;
+        const int64_t stop = d + kDimsPerTest < dims ? d + kDimsPerTest : dims;
         for (; d < stop; ++d)
           for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < kVectors; ++v) {
@@ -86,46 +82,46 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
   }
 }
 
-constexpr int kCodedWidth = kVectors * kCodeLanes;  // points per panel of codes
-constexpr int kCodedRows = 8;                       // queries that share a look at the codes
+constexpr int kQuantizedRows = 8;  // queries for which a quantized panel is read once
 
 // Calls take(position) for the values of a row [n], n a multiple of the panel, that are at most `limit`, in their
 // order.
 template <class Take>
 inline void for_each_up_to(const int32_t* row, int64_t n, const int32_t& limit, const Take& take) {
-  for (int64_t first = 0; first < n; first += kCodedWidth) {
+  for (int64_t first = 0; first < n; first += kQuantizedWidth) {
     uint32_t near = 0;
     for (int v = 0; v < kVectors; ++v)
-      near |= lanes_of(*reinterpret_cast<const Codes*>(row + first + v * kCodeLanes) <= limit) << (v * kCodeLanes);
+      near |= lanes_of(*reinterpret_cast<const Quantized*>(row + first + v * kQuantizedLanes) <= limit)
+              << (v * kQuantizedLanes);
     for (; near; near &= near - 1) take(first + __builtin_ctz(near));
   }
 }
 
-// Squared distances apart [kRows, padded] of the codes of a cloud from those of queries [kRows, groups], whose sums of
-// squares are `squares`, in a panel that starts at point `first`.
+// Squared distances apart [kRows, padded] of a quantized cloud from queries [kRows, groups], whose sums of squares are
+// `squares`, in a panel that starts at point `first`.
 template <class T>
-inline void codes_apart(const CodedCloud<T>& cloud, int64_t first, const int32_t* queries, const int32_t* squares,
-                        int64_t padded, int32_t* apart) {
+inline void quantized_distances(const QuantizedCloud<T>& cloud, int64_t first, const int32_t* queries,
+                                const int32_t* squares, int64_t padded, int32_t* apart) {
   const int64_t groups = cloud.groups;
-  const int32_t* x = cloud.codes + first * groups;
-  Codes sum[kRows][kVectors] = {};
-  for (int64_t g = 0; g < groups; ++g, x += kCodedWidth)
+  const int32_t* x = cloud.quantized + first * groups;
+  Quantized sum[kRows][kVectors] = {};
+  for (int64_t g = 0; g < groups; ++g, x += kQuantizedWidth)
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v)
-        sum[r][v] = add_products(sum[r][v], *reinterpret_cast<const Codes*>(x + v * kCodeLanes),
-                                 Codes{} + queries[r * groups + g]);
+        sum[r][v] = add_products(sum[r][v], *reinterpret_cast<const Quantized*>(x + v * kQuantizedLanes),
+                                 Quantized{} + queries[r * groups + g]);
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = first + v * kCodeLanes;
-      const Codes both = *reinterpret_cast<const Codes*>(cloud.squares + at) + squares[r];
-      *reinterpret_cast<Codes*>(apart + r * padded + at) = both - 2 * sum[r][v];
+      const int64_t at = first + v * kQuantizedLanes;
+      const Quantized both = *reinterpret_cast<const Quantized*>(cloud.squares + at) + squares[r];
+      *reinterpret_cast<Quantized*>(apart + r * padded + at) = both - 2 * sum[r][v];
     }
 }
 
-// The reach of the `neighbors` points whose codes [padded] are the least apart from a query's: all its neighbours are
-// within it. least [neighbors] is scratch.
+// The reach of the `neighbors` points that are the least apart [padded] from a query when quantized: all its neighbours
+// are within it. least [neighbors] is scratch.
 template <class T>
-int32_t reach_of_nearest(const CodedCloud<T>& cloud, const int32_t* apart, int64_t padded, int64_t neighbors,
+int32_t reach_of_nearest(const QuantizedCloud<T>& cloud, const int32_t* apart, int64_t padded, int64_t neighbors,
                          int32_t* least) {
   for (int64_t i = 0; i < neighbors; ++i) least[i] = kNoPoint - 1;
   int32_t& last = least[neighbors - 1];
@@ -139,25 +135,25 @@ int32_t reach_of_nearest(const CodedCloud<T>& cloud, const int32_t* apart, int64
   return reach(cloud, static_cast<T>(farthest * farthest));
 }
 
-// The same for a cloud in codes. scratch [kCodedRows * (padded + groups) + neighbors], padded the number of points up
-// to a whole panel.
+// The same for a quantized cloud. scratch [kQuantizedRows * (padded + groups) + neighbors], padded the number of points
+// up to a whole panel.
 template <class T>
-void search_by_codes(const CodedCloud<T>& cloud, const T* queries, int64_t rows, int64_t neighbors, T infinity,
-                     int32_t* scratch, T* distances, int64_t* positions) {
-  const int64_t groups = cloud.groups, padded = (cloud.n + kCodedWidth - 1) / kCodedWidth * kCodedWidth;
+void search_quantized(const QuantizedCloud<T>& cloud, const T* queries, int64_t rows, int64_t neighbors, T infinity,
+                      int32_t* scratch, T* distances, int64_t* positions) {
+  const int64_t groups = cloud.groups, padded = (cloud.n + kQuantizedWidth - 1) / kQuantizedWidth * kQuantizedWidth;
   int32_t* const apart = scratch;
-  int32_t* const codes = apart + kCodedRows * padded;
-  int32_t* const least = codes + kCodedRows * groups;
-  for (int64_t row = 0; row < rows; row += kCodedRows) {
-    const int64_t used = rows - row < kCodedRows ? rows - row : kCodedRows;
-    int32_t squares[kCodedRows];
-    for (int64_t r = 0; r < kCodedRows; ++r) {
+  int32_t* const quantized = apart + kQuantizedRows * padded;
+  int32_t* const least = quantized + kQuantizedRows * groups;
+  for (int64_t row = 0; row < rows; row += kQuantizedRows) {
+    const int64_t used = rows - row < kQuantizedRows ? rows - row : kQuantizedRows;
+    int32_t squares[kQuantizedRows];
+    for (int64_t r = 0; r < kQuantizedRows; ++r) {
       const T* query = queries + (row + (r < used ? r : used - 1)) * cloud.dims;
-      squares[r] = encode(query, cloud.dims, cloud.low, cloud.step, codes + r * groups);
+      squares[r] = quantize(query, cloud.dims, cloud.low, cloud.step, quantized + r * groups);
     }
-    for (int64_t first = 0; first < padded; first += kCodedWidth)
-      for (int r = 0; r < kCodedRows; r += kRows)
-        codes_apart(cloud, first, codes + r * groups, squares + r, padded, apart + r * padded);
+    for (int64_t first = 0; first < padded; first += kQuantizedWidth)
+      for (int r = 0; r < kQuantizedRows; r += kRows)
+        quantized_distances(cloud, first, quantized + r * groups, squares + r, padded, apart + r * padded);
 
     for (int64_t r = 0; r < used; ++r) {
       const int32_t limit = reach_of_nearest(cloud, apart + r * padded, padded, neighbors, least);
@@ -184,10 +180,10 @@ void search_by_codes(const CodedCloud<T>& cloud, const T* queries, int64_t rows,
   }
 }
 
-// The same for one query on a lattice: the squared distance of a place p is from[p]. places [n] is readable up to a
+// The same for one query on a lattice: the squared distance of a cell p is from[p]. cells [n] is readable up to a
 // multiple of the widest panel.
 template <class T>
-void search_by_table(const int32_t* places, int64_t n, const T* from, int64_t neighbors, T infinity, T* distances,
+void search_by_table(const int32_t* cells, int64_t n, const T* from, int64_t neighbors, T infinity, T* distances,
                      int64_t* positions) {
   using V = typename Vector<T>::type;
   constexpr int64_t W = panel_width<T>();
@@ -199,7 +195,7 @@ void search_by_table(const int32_t* places, int64_t n, const T* from, int64_t ne
   for (int64_t first = 0; first < n; first += W) {
     alignas(sizeof(V)) T found[W];
     for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<V*>(found + v * lanes) = gather(from, places + first + v * lanes);
+      *reinterpret_cast<V*>(found + v * lanes) = gather(from, cells + first + v * lanes);
     insert_near(found, first, n, neighbors, distances, positions);
   }
 }

@@ -1,6 +1,6 @@
-#include "simd.inl"
-#include "panel.inl"
-#include "gemm.inl"
+#include "../simd/vectors.inl"
+#include "../simd/panel.inl"
+#include "../simd/gemm.inl"
 
 // With few rows m, values are summed along the contraction instead: kThin rows of x share every vector of the weight.
 constexpr int kThinOuts = 3;
@@ -35,7 +35,7 @@ inline void thin_block(const float* weight, const float* bias, const float* x, i
   for (; k + kLanes <= in; k += kLanes) {
 #pragma GCC unroll 4
     for (int o = 0; o < O; ++o) {
-      fetch(weight + o * in + k + kAhead);
+      prefetch(weight + o * in + k + kAhead);
       w[o] = load(weight + o * in + k);
     }
     add(w);
@@ -106,7 +106,7 @@ void linear_forward(const float* weight, const float* bias, const float* x, int6
     }
 }
 
-// grad_x[m][i] for i0 <= i < i1 from outputs [o0, o1), as grad [m][o] weight [o][i]. Consecutive grad_x[m] are `step`
+// grad_x[m][i] for i0 <= i < i1 from outputs [o0, o1), as grad [m][o] weight [o][i]. Consecutive grad_x[m] are `stride`
 // apart. packed [kPackedDepth][i1 - i0 padded to kLanes] is scratch.
 constexpr int64_t kPackedFrom = 32;  // rows m from which a copy of the weight pays
 constexpr int64_t kInPlaceDepth = 16;
@@ -114,7 +114,7 @@ constexpr int64_t kPackedDepth = 64;
 
 void linear_grad_x(const float* grad, int64_t grad_row, int64_t grad_value, const float* weight, int64_t rows,
                    int64_t in, int64_t i0, int64_t i1, int64_t o0, int64_t o1, float* packed, float* grad_x,
-                   int64_t step) {
+                   int64_t stride) {
   const int64_t columns = i1 - i0;
   const bool in_place = columns % kLanes == 0 && rows < kPackedFrom;
   const int64_t depth = in_place ? kInPlaceDepth : kPackedDepth;
@@ -122,19 +122,19 @@ void linear_grad_x(const float* grad, int64_t grad_row, int64_t grad_value, cons
     const int64_t count = o1 - o < depth ? o1 - o : depth;
     const float* from = weight + o * in + i0;
     if (!in_place) pack(from, in, 1, count, columns, packed);
-    const float* ahead = from + depth * in;  // of the next rows, fetched in the order of memory
-    int64_t fetched = 0;
+    const float* ahead = from + depth * in;  // of the next rows, prefetched in the order of memory
+    int64_t prefetched = 0;
     for (int64_t lane = 0; lane < columns; lane += kBlock) {
       const int64_t width = panel_width(columns, lane);
       if (in_place)
         for (int64_t i = 0; i < width * depth; i += 16) {
-          fetch(ahead + fetched);
-          fetched += 16;
-          if (fetched == columns) ahead += in, fetched = 0;
+          prefetch(ahead + prefetched);
+          prefetched += 16;
+          if (prefetched == columns) ahead += in, prefetched = 0;
         }
       panel_product(grad + o * grad_value, grad_row, grad_value, in_place ? from + lane : packed + lane * count,
                     in_place ? in : width, rows, count, lane, width,
-                    {o == o0 ? nullptr : grad_x, step, grad_x, step, columns});
+                    {o == o0 ? nullptr : grad_x, stride, grad_x, stride, columns});
     }
   }
 }

@@ -38,7 +38,8 @@ inline void expect_huge(void* memory, int64_t bytes) {
 #endif
 }
 
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 
 // Most points a panel holds, for any type and instruction set.
 constexpr int64_t kWidestPanel = 64;

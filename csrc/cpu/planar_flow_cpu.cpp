@@ -37,8 +37,8 @@ struct Sums {
 }  // namespace
 }  // namespace vamoh
 
-#define VAMOH_KERNEL "planar_flow_cpu.inl"
-#include "each_isa.inl"
+#define VAMOH_KERNEL "../cpu/planar_flow_cpu.inl"
+#include "../simd/each_isa.inl"
 
 namespace vamoh {
 
@@ -53,37 +53,9 @@ constexpr int64_t kPartialBytes = int64_t{64} << 20;  // of sums of tasks held a
 constexpr double kHalfLogTwoPi = 0.91893853320467274178;
 static_assert(portable::kPanel == kWidth && kSamplesPerTask % kWidth == 0);
 
-struct Kernel {
-  decltype(&portable::panel_values) values;
-  decltype(&portable::panel_samples) samples;
-  decltype(&portable::panel_gradients) gradients;
-  decltype(&portable::panel_products) products;
-  decltype(&portable::panel_input_gradients) input_gradients;
-  decltype(&portable::fill_noise) noise;
-  decltype(&portable::matrix_product) matrix_product;
-  decltype(&portable::sum_rows) sum_rows;
-};
-
-Kernel kernel(Isa isa) {
-#if VAMOH_X86
-  if (isa == Isa::avx512)
-    return {&avx512::panel_values,          &avx512::panel_samples, &avx512::panel_gradients, &avx512::panel_products,
-            &avx512::panel_input_gradients, &avx512::fill_noise,    &avx512::matrix_product,  &avx512::sum_rows};
-  if (isa == Isa::avx2)
-    return {&avx2::panel_values,          &avx2::panel_samples, &avx2::panel_gradients, &avx2::panel_products,
-            &avx2::panel_input_gradients, &avx2::fill_noise,    &avx2::matrix_product,  &avx2::sum_rows};
-#endif
-  (void)isa;
-  return {
-      &portable::panel_values,          &portable::panel_samples, &portable::panel_gradients, &portable::panel_products,
-      &portable::panel_input_gradients, &portable::fill_noise,    &portable::matrix_product,  &portable::sum_rows};
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How many samples a task takes: the same for any number of threads.
 int64_t samples_per_task(int64_t samples) {
-  return std::max(kSamplesPerTask, round_up(divide_up(samples, kMostTasks), kWidth));
+  return std::max(kSamplesPerTask, round_up(ceil_div(samples, kMostTasks), kWidth));
 }
 
 // Parameters as all tasks share them.
@@ -109,7 +81,7 @@ struct Layout {
         size(along + Z) {}
 };
 
-Prepared prepare(const Kernel& k, const PlanarFlow& flow) {
+Prepared prepare(const PlanarFlow& flow, Isa isa) {
   const int64_t T = flow.layers, Z = flow.latent;
   Prepared p;
   p.layers = T;
@@ -142,28 +114,28 @@ Prepared prepare(const Kernel& k, const PlanarFlow& flow) {
   std::fill_n(transposed.get(), Z * p.width, 0.0f);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t z = 0; z < Z; ++z) transposed[z * p.width + t] = flow.u[t * Z + z];
-  k.matrix_product(flow.w, Z, 1, transposed.get(), T, Z, p.width, gram.get());
+  VAMOH_DISPATCH(isa, matrix_product)(flow.w, Z, 1, transposed.get(), T, Z, p.width, gram.get());
   for (int64_t t = 0; t < T; ++t) std::copy_n(&gram[t * p.width], T, &p.gram[t * T]);
   return p;
 }
 
-// Panels of samples in rows: x [Z][kWidth] from `count` rows `step` apart; the lanes after them repeat the last row.
-void pack(const float* rows, int64_t step, int64_t count, int64_t latent, float* x) {
+// Panels of samples in rows: x [Z][kWidth] from `count` rows `stride` apart; the lanes after them repeat the last row.
+void pack(const float* rows, int64_t stride, int64_t count, int64_t latent, float* x) {
   for (int64_t z = 0; z < latent; ++z)
-    for (int64_t lane = 0; lane < kWidth; ++lane) x[z * kWidth + lane] = rows[std::min(lane, count - 1) * step + z];
+    for (int64_t lane = 0; lane < kWidth; ++lane) x[z * kWidth + lane] = rows[std::min(lane, count - 1) * stride + z];
 }
 
-// Memory of one worker: panels, and what a datum makes of the parameters.
+// Memory of one worker: panels, and what a function makes of the parameters.
 struct Worker {
-  Kernel k;
+  Isa isa;
   Layers layers;
-  int64_t rows, step, group;
+  int64_t rows, stride, group;
   Buffer<float> panels, weight, w, b, scale, shift, inputs, vectors, product;
   Panel panel;
   Sums sums;
 
-  Worker(const Kernel& kernel, const Prepared& p)
-      : k(kernel),
+  Worker(const Prepared& p, Isa isa)
+      : isa(isa),
         layers{p.layers,
                p.latent,
                p.u.get(),
@@ -175,9 +147,9 @@ struct Worker {
         rows(round_up(p.latent, 4)) {
     const int64_t T = p.layers, Z = p.latent;
     // Not a multiple of 4 KiB, or the same row of all panels would share a few cache sets.
-    step = round_up((rows + Z + 2 * T) * kWidth - 256, 1024) + 256;
-    group = std::clamp<int64_t>(kPanelBytes / (step * 4), 1, kSamplesPerTask / kWidth);
-    panels = allocate<float>(group * step);
+    stride = round_up((rows + Z + 2 * T) * kWidth - 256, 1024) + 256;
+    group = std::clamp<int64_t>(kPanelBytes / (stride * 4), 1, kSamplesPerTask / kWidth);
+    panels = allocate<float>(group * stride);
     weight = allocate<float>(kWidth);
     w = allocate<float>(T * Z);
     b = allocate<float>(T);
@@ -193,7 +165,7 @@ struct Worker {
   }
 
   Panel at(int64_t i) const {
-    float* x = panels.get() + i * step;
+    float* x = panels.get() + i * stride;
     float* y = x + rows * kWidth;
     float* e = y + layers.latent * kWidth;
     return {x, y, e, e + layers.layers * kWidth};
@@ -202,7 +174,7 @@ struct Worker {
   View view() const { return {w.get(), b.get(), scale.get(), shift.get()}; }
 
   // Samples are mean + std x; null: x itself.
-  void look(const PlanarFlow& flow, const Prepared& p, const float* mean, const float* std) {
+  void sample_from(const PlanarFlow& flow, const Prepared& p, const float* mean, const float* std) {
     const int64_t T = p.layers, Z = p.latent;
     for (int64_t z = 0; z < Z; ++z) {
       scale[z] = (std ? std[z] : 1.0f) * p.inverse_scale[z];
@@ -232,22 +204,23 @@ struct Worker {
     std::fill_n(out, layout.size, 0.0f);
     std::fill_n(vectors.get(), (2 * T + 3 * Z) * kMostLanes, 0.0f);
     for (int64_t first = 0; first < samples; first += group * kWidth) {
-      const int64_t here = std::min(group, divide_up(samples - first, kWidth));
+      const int64_t here = std::min(group, ceil_div(samples - first, kWidth));
       for (int64_t i = 0; i < here; ++i) {
         const int64_t start = first + i * kWidth, count = std::min(kWidth, samples - start);
         const Panel p = at(i);
         fill(start, count, p.x);
         weigh(weights ? weights + start : nullptr, count);
-        k.gradients(layers, view(), weight.get(), p, sums);
+        VAMOH_DISPATCH(isa, panel_gradients)(layers, view(), weight.get(), p, sums);
         finish(start, count, p);
       }
-      k.products(layers, at(0), step, here, all, out + layout.hx, out + layout.ey, out + layout.he);
+      VAMOH_DISPATCH(isa, panel_products)(layers, at(0), stride, here, all, out + layout.hx, out + layout.ey,
+                                          out + layout.he);
     }
-    k.sum_rows(sums.negative, T, out + layout.negative);
-    k.sum_rows(sums.h, T, out + layout.h);
-    k.sum_rows(sums.y, Z, out + layout.y);
-    k.sum_rows(sums.square, Z, out + layout.square);
-    k.sum_rows(sums.along, Z, out + layout.along);
+    VAMOH_DISPATCH(isa, sum_rows)(sums.negative, T, out + layout.negative);
+    VAMOH_DISPATCH(isa, sum_rows)(sums.h, T, out + layout.h);
+    VAMOH_DISPATCH(isa, sum_rows)(sums.y, Z, out + layout.y);
+    VAMOH_DISPATCH(isa, sum_rows)(sums.square, Z, out + layout.square);
+    VAMOH_DISPATCH(isa, sum_rows)(sums.along, Z, out + layout.along);
   }
 };
 
@@ -266,7 +239,7 @@ void add_up(const float* partial, int64_t count, int64_t size, float* out) {
 
 // Gradients of the parameters from the sums, times `factor`. n: sum of the weights; mean, std: of the samples or null.
 // product [T, width] is scratch.
-void parameter_gradients(const Kernel& k, const Prepared& p, const Layout& layout, float* sums, double n, double factor,
+void parameter_gradients(Isa isa, const Prepared& p, const Layout& layout, float* sums, double n, double factor,
                          const float* mean, const float* std, float* product, const PlanarFlowGradient& out) {
   const int64_t T = p.layers, Z = p.latent, width = p.width;
   float* he = sums + layout.he;
@@ -277,14 +250,14 @@ void parameter_gradients(const Kernel& k, const Prepared& p, const Layout& layou
     out.b[t] = static_cast<float>(-factor * sums[layout.h + t]);
     std::fill_n(he + t * T, t + 1, 0.0f);
   }
-  k.matrix_product(he, T, 1, p.u_padded.get(), T, T, width, product);
+  VAMOH_DISPATCH(isa, matrix_product)(he, T, 1, p.u_padded.get(), T, T, width, product);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t z = 0; z < Z; ++z) {
       const double along = static_cast<double>(sums[layout.hx + t * Z + z]) * (std ? std[z] : 1.0f);
       const double middle = mean ? static_cast<double>(sums[layout.h + t]) * mean[z] : 0.0;
       out.w[t * Z + z] = static_cast<float>(-factor * (along + middle + product[t * width + z]));
     }
-  k.matrix_product(he, 1, T, p.w_padded.get(), T, T, width, product);
+  VAMOH_DISPATCH(isa, matrix_product)(he, 1, T, p.w_padded.get(), T, T, width, product);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t z = 0; z < Z; ++z) {
       const double along = static_cast<double>(sums[layout.ey + t * Z + z]) * p.inverse_scale[z];
@@ -296,31 +269,33 @@ void parameter_gradients(const Kernel& k, const Prepared& p, const Layout& layou
   }
 }
 
-void log_prob(const Kernel& k, const PlanarFlow& flow, const float* z, float* out, int64_t samples, int threads) {
-  const Prepared p = prepare(k, flow);
-  const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = divide_up(samples, chunk);
+}  // namespace
+
+void planar_flow_log_prob(const PlanarFlow& flow, const float* z, float* out, int64_t samples, int threads, Isa isa) {
+  const Prepared p = prepare(flow, isa);
+  const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = ceil_div(samples, chunk);
   std::vector<Worker> workers;
-  for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(k, p).look(flow, p, nullptr, nullptr);
+  for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(p, isa).sample_from(flow, p, nullptr, nullptr);
   ThreadPool::get().run(tasks, threads, [&](int64_t task, int id) {
     Worker& worker = workers[id];
     const int64_t end = std::min(samples, (task + 1) * chunk);
     for (int64_t first = task * chunk; first < end; first += kWidth) {
       const int64_t count = std::min(kWidth, end - first);
       pack(z + first * Z, Z, count, Z, worker.panel.x);
-      k.values(worker.layers, worker.view(), worker.panel, worker.weight.get());
+      VAMOH_DISPATCH(isa, panel_values)(worker.layers, worker.view(), worker.panel, worker.weight.get());
       for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<float>(p.constant + worker.weight[i]);
     }
   });
 }
 
-void sample(const Kernel& k, const PlanarFlow& flow, const float* noise, float* z, float* log_p, int64_t samples,
-            int threads) {
-  const Prepared p = prepare(k, flow);
-  const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = divide_up(samples, chunk);
+void planar_flow_sample(const PlanarFlow& flow, const float* noise, float* z, float* log_p, int64_t samples,
+                        int threads, Isa isa) {
+  const Prepared p = prepare(flow, isa);
+  const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = ceil_div(samples, chunk);
   std::vector<Worker> workers;
   for (int i = 0; i < std::max(threads, 1); ++i) {
-    Worker& worker = workers.emplace_back(k, p);
-    worker.look(flow, p, nullptr, nullptr);
+    Worker& worker = workers.emplace_back(p, isa);
+    worker.sample_from(flow, p, nullptr, nullptr);
     for (int64_t j = 0; j < Z; ++j) {  // the base from standard normal noise
       worker.scale[j] = std::exp(flow.log_scale[j]);
       worker.shift[j] = flow.loc[j];
@@ -333,7 +308,8 @@ void sample(const Kernel& k, const PlanarFlow& flow, const float* noise, float* 
     for (int64_t first = task * chunk; first < end; first += kWidth) {
       const int64_t count = std::min(kWidth, end - first);
       pack(noise + first * Z, Z, count, Z, worker.panel.x);
-      k.samples(worker.layers, worker.view(), worker.panel, flow.u, flow.slope, worker.weight.get());
+      VAMOH_DISPATCH(isa, panel_samples)(worker.layers, worker.view(), worker.panel, flow.u, flow.slope,
+                                         worker.weight.get());
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < Z; ++j) z[(first + i) * Z + j] = y[j * kWidth + i];
         log_p[first + i] = static_cast<float>(p.constant + worker.weight[i]);
@@ -342,21 +318,21 @@ void sample(const Kernel& k, const PlanarFlow& flow, const float* noise, float* 
   });
 }
 
-void log_prob_backward(const Kernel& k, const PlanarFlow& flow, const float* z, const float* grad, float* grad_z,
-                       const PlanarFlowGradient& gradient, int64_t samples, int threads) {
-  const Prepared p = prepare(k, flow);
-  const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = divide_up(samples, chunk);
+void planar_flow_log_prob_backward(const PlanarFlow& flow, const float* z, const float* grad, float* grad_z,
+                                   const PlanarFlowGradient& gradient, int64_t samples, int threads, Isa isa) {
+  const Prepared p = prepare(flow, isa);
+  const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = ceil_div(samples, chunk);
   const Layout layout(flow.layers, Z);
   const Buffer<float> partial = allocate<float>((tasks + 1) * layout.size);
   std::vector<Worker> workers;
-  for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(k, p).look(flow, p, nullptr, nullptr);
+  for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(p, isa).sample_from(flow, p, nullptr, nullptr);
   ThreadPool::get().run(tasks, threads, [&](int64_t task, int id) {
     Worker& worker = workers[id];
     const int64_t first = task * chunk, here = std::min(chunk, samples - first);
     const auto fill = [&](int64_t start, int64_t count, float* x) { pack(z + (first + start) * Z, Z, count, Z, x); };
     const auto finish = [&](int64_t start, int64_t count, const Panel& panel) {
       if (!grad_z) return;
-      k.input_gradients(worker.layers, worker.view(), panel, worker.inputs.get());
+      VAMOH_DISPATCH(isa, panel_input_gradients)(worker.layers, worker.view(), panel, worker.inputs.get());
       float* rows = grad_z + (first + start) * Z;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < Z; ++j) rows[i * Z + j] = worker.inputs[j * kWidth + i];
@@ -368,14 +344,15 @@ void log_prob_backward(const Kernel& k, const PlanarFlow& flow, const float* z, 
   add_up(partial.get(), tasks, layout.size, sums);
   double n = 0;
   for (int64_t i = 0; i < samples; ++i) n += grad[i];
-  parameter_gradients(k, p, layout, sums, n, 1.0, nullptr, nullptr, workers[0].product.get(), gradient);
+  parameter_gradients(isa, p, layout, sums, n, 1.0, nullptr, nullptr, workers[0].product.get(), gradient);
 }
 
-void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mean, const float* std, const float* noise,
-                       uint64_t seed, float* value, float* grad_mean, float* grad_std,
-                       const PlanarFlowGradient& gradient, int64_t batch, int64_t samples, int threads) {
-  const Prepared p = prepare(k, flow);
-  const int64_t T = flow.layers, Z = flow.latent, chunk = samples_per_task(samples), tasks = divide_up(samples, chunk);
+void planar_flow_expected_log_prob(const PlanarFlow& flow, const float* mean, const float* std, const float* noise,
+                                   uint64_t seed, float* value, float* grad_mean, float* grad_std,
+                                   const PlanarFlowGradient& gradient, int64_t batch, int64_t samples, int threads,
+                                   Isa isa) {
+  const Prepared p = prepare(flow, isa);
+  const int64_t T = flow.layers, Z = flow.latent, chunk = samples_per_task(samples), tasks = ceil_div(samples, chunk);
   const bool differentiate = gradient.loc || grad_mean;
   Layout layout(T, Z);
   if (!differentiate) layout.size = 1;
@@ -383,7 +360,7 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
   const int64_t together = std::min(batch, std::max<int64_t>(kPartialBytes / bytes, 1));
   const Buffer<float> partial = allocate<float>(together * (tasks + 1) * layout.size);
   std::vector<Worker> workers;
-  for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(k, p);
+  for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(p, isa);
   ThreadPool& pool = ThreadPool::get();
   const double n = static_cast<double>(samples);
 
@@ -398,9 +375,9 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
         if (noise)
           pack(noise + ((first + start) * batch + b) * Z, batch * Z, count, Z, x);
         else
-          k.noise(seed, first + start, b, Z, x);
+          VAMOH_DISPATCH(isa, fill_noise)(seed, first + start, b, Z, x);
       };
-      worker.look(flow, p, mean + b * Z, std + b * Z);
+      worker.sample_from(flow, p, mean + b * Z, std + b * Z);
       if (differentiate) {
         worker.accumulate(layout, here, nullptr, gradient.loc, out, fill, [](int64_t, int64_t, const Panel&) {});
         return;
@@ -409,7 +386,7 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
       for (int64_t start = 0; start < here; start += kWidth) {
         const int64_t count = std::min(kWidth, here - start);
         fill(start, count, worker.panel.x);
-        k.values(worker.layers, worker.view(), worker.panel, worker.weight.get());
+        VAMOH_DISPATCH(isa, panel_values)(worker.layers, worker.view(), worker.panel, worker.weight.get());
         for (int64_t i = 0; i < count; ++i) total += worker.weight[i];
       }
       *out = static_cast<float>(total);
@@ -445,49 +422,21 @@ void expected_log_prob(const Kernel& k, const PlanarFlow& flow, const float* mea
           grad_std[b * Z + z] = static_cast<float>(-by_std / n);
         }
       if (gradient.loc)
-        parameter_gradients(k, p, layout, sums, n, 1 / n, mean + b * Z, std + b * Z, workers[id].product.get(),
+        parameter_gradients(isa, p, layout, sums, n, 1 / n, mean + b * Z, std + b * Z, workers[id].product.get(),
                             {gradient.u + b * T * Z, gradient.gain + b * T, gradient.w + b * T * Z, gradient.b + b * T,
                              gradient.loc + b * Z, gradient.log_scale + b * Z});
     });
   }
 }
 
-void noise_rows(const Kernel& k, uint64_t seed, float* out, int64_t samples, int64_t batch, int64_t latent) {
+void counter_noise(uint64_t seed, float* out, int64_t samples, int64_t batch, int64_t latent, Isa isa) {
   const Buffer<float> panel = allocate<float>(round_up(latent, 4) * kWidth);
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t first = 0; first < samples; first += kWidth) {
-      k.noise(seed, first, b, latent, panel.get());
+      VAMOH_DISPATCH(isa, fill_noise)(seed, first, b, latent, panel.get());
       for (int64_t i = 0; i < std::min(kWidth, samples - first); ++i)
         for (int64_t z = 0; z < latent; ++z) out[((first + i) * batch + b) * latent + z] = panel[z * kWidth + i];
     }
-}
-
-}  // namespace
-
-void planar_flow_log_prob(const PlanarFlow& flow, const float* z, float* out, int64_t samples, int threads, Isa isa) {
-  log_prob(kernel(isa), flow, z, out, samples, threads);
-}
-
-void planar_flow_sample(const PlanarFlow& flow, const float* noise, float* z, float* log_p, int64_t samples,
-                        int threads, Isa isa) {
-  sample(kernel(isa), flow, noise, z, log_p, samples, threads);
-}
-
-void planar_flow_log_prob_backward(const PlanarFlow& flow, const float* z, const float* grad, float* grad_z,
-                                   const PlanarFlowGradient& gradient, int64_t samples, int threads, Isa isa) {
-  log_prob_backward(kernel(isa), flow, z, grad, grad_z, gradient, samples, threads);
-}
-
-void planar_flow_expected_log_prob(const PlanarFlow& flow, const float* mean, const float* std, const float* noise,
-                                   uint64_t seed, float* value, float* grad_mean, float* grad_std,
-                                   const PlanarFlowGradient& gradient, int64_t batch, int64_t samples, int threads,
-                                   Isa isa) {
-  expected_log_prob(kernel(isa), flow, mean, std, noise, seed, value, grad_mean, grad_std, gradient, batch, samples,
-                    threads);
-}
-
-void counter_noise(uint64_t seed, float* out, int64_t samples, int64_t batch, int64_t latent, Isa isa) {
-  noise_rows(kernel(isa), seed, out, samples, batch, latent);
 }
 
 }  // namespace vamoh

@@ -1,6 +1,6 @@
-#include "simd.inl"
-#include "panel.inl"
-#include "noise.inl"
+#include "../simd/vectors.inl"
+#include "../simd/panel.inl"
+#include "../simd/noise.inl"
 
 using vamoh::Layers;
 using vamoh::Panel;
@@ -202,7 +202,8 @@ void panel_samples(const Layers& f, const View& view, const Panel& p, const floa
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       float* const at = p.x + z * kPanel + lane;
       const V x = load(at), base = fma(splat(view.scale[z]), x, splat(view.shift[z]));
-      const V standard = base - base == 0.0f ? x : (base - view.shift[z]) / view.scale[z];  // NaN and overflow reach the density too
+      const V standard =
+          base - base == 0.0f ? x : (base - view.shift[z]) / view.scale[z];  // NaN and overflow reach the density too
       store(squares + lane, fma(standard, standard, load(squares + lane)));
       store(at, base);
     }
@@ -220,16 +221,16 @@ void panel_gradients(const Layers& f, const View& view, const float* weight, con
   solve_back(f, weight, p, sums);
 }
 
-// Adds products over the samples of `panels` panels, `step` floats apart: h x^T [T, Z], and with `all` e y^T [T, Z] and
-// h e^T [T, T] from the diagonal on, or a few entries before it.
-void panel_products(const Layers& f, const Panel& p, int64_t step, int64_t panels, bool all, float* hx, float* ey,
+// Adds products over the samples of `panels` panels, `stride` floats apart: h x^T [T, Z], and with `all` e y^T [T, Z]
+// and h e^T [T, T] from the diagonal on, or a few entries before it.
+void panel_products(const Layers& f, const Panel& p, int64_t stride, int64_t panels, bool all, float* hx, float* ey,
                     float* he) {
   const int64_t T = f.layers, Z = f.latent;
-  dots(p.h, step, p.x, step, panels, T, Z, hx, Z);
+  dots(p.h, stride, p.x, stride, panels, T, Z, hx, Z);
   if (!all) return;
-  dots(p.e, step, p.y, step, panels, T, Z, ey, Z);
+  dots(p.e, stride, p.y, stride, panels, T, Z, ey, Z);
   for (int64_t t = 0; t < T; t += kDotRows)
-    dots(p.h + t * kPanel, step, p.e + t * kPanel, step, panels, T - t < kDotRows ? T - t : kDotRows, T - t,
+    dots(p.h + t * kPanel, stride, p.e + t * kPanel, stride, panels, T - t < kDotRows ? T - t : kDotRows, T - t,
          he + t * T + t, T);
 }
 
@@ -246,14 +247,14 @@ void panel_input_gradients(const Layers& f, const View& view, const Panel& p, fl
   product(view.w, 1, f.latent, p.h, kPanel, f.latent, f.layers, kPanel, Init{p.y, view.scale}, Done{out});
 }
 
-void fill_noise(uint64_t seed, int64_t first, int64_t datum, int64_t latent, float* out) {
-  noise_panel(keys_of(seed), first, datum, latent, out);
+void fill_noise(uint64_t seed, int64_t first, int64_t function, int64_t latent, float* out) {
+  noise_panel(keys_of(seed), first, function, latent, out);
 }
 
-// out [rows, width] = a b, with a[r * a_row + k * a_step], b [count, width] and width a multiple of kWidestPanel.
-void matrix_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t rows, int64_t count,
+// out [rows, width] = a b, with a[r * a_row + k * a_stride], b [count, width] and width a multiple of kWidestPanel.
+void matrix_product(const float* a, int64_t a_row, int64_t a_stride, const float* b, int64_t rows, int64_t count,
                     int64_t width, float* out) {
-  product(a, a_row, a_step, b, width, rows, count, width, FromZero{}, ToMatrix{out, width});
+  product(a, a_row, a_stride, b, width, rows, count, width, FromZero{}, ToMatrix{out, width});
 }
 
 // out [rows]: the sum of the kLanes entries of every row.

@@ -1,6 +1,6 @@
-#include "simd.inl"
-#include "panel.inl"
-#include "gemm.inl"
+#include "../simd/vectors.inl"
+#include "../simd/panel.inl"
+#include "../simd/gemm.inl"
 
 using vamoh::PointConvInputs;
 using vamoh::PointConvSizes;
@@ -28,11 +28,11 @@ inline void contract_channels(const float* points, int64_t channels, const int64
 
 constexpr int kChannels = kRows * kColumns >= 24 ? 16 : 8;
 
-// Channels [c0, c1) of the contracted rows [r0, r1): to[row][c][q], rows `step` apart.
+// Channels [c0, c1) of the contracted rows [r0, r1): to[row][c][q], rows `stride` apart.
 void contract(const PointConvInputs& in, const PointConvSizes& sizes, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
-              float* to, int64_t step) {
+              float* to, int64_t stride) {
   const int64_t channels = sizes.channels, width = sizes.width, neighbors = sizes.neighbors;
-  for (int64_t r = r0; r < r1; ++r, to += step) {
+  for (int64_t r = r0; r < r1; ++r, to += stride) {
     const float* points = points_of(in, sizes, r);
     const int64_t* index = in.neighbors + place(sizes, r) * neighbors;
     const float* weights = in.weights + place(sizes, r) * neighbors * width;
@@ -102,17 +102,17 @@ void begin_backward(const float* grad, const float* out, int64_t r0, int64_t r1,
   }
 }
 
-// Columns of channels [c0, c1) of the gradient of linear_weight, from rows [r0, r1): to[o][...], outputs `step` apart.
-// tile [depth][(c1 - c0) * Q padded to kLanes].
+// Columns of channels [c0, c1) of the gradient of linear_weight, from rows [r0, r1): to[o][...], outputs `stride`
+// apart. tile [depth][(c1 - c0) * Q padded to kLanes].
 void grad_linear(const float* grad, const PointConvInputs& in, const PointConvSizes& s, int64_t r0, int64_t r1,
-                 int64_t c0, int64_t c1, int64_t depth, float* tile, float* to, int64_t step) {
+                 int64_t c0, int64_t c1, int64_t depth, float* tile, float* to, int64_t stride) {
   const int64_t columns = (c1 - c0) * s.width, padded = (columns + kLanes - 1) / kLanes * kLanes;
   for (int64_t r = r0; r == r0 || r < r1; r += depth) {
     const int64_t count = r1 - r < depth ? r1 - r : depth;
     contract(in, s, r, r + count, c0, c1, tile, padded);
     for (int64_t lane = 0; lane < columns; lane += kBlock)
       panel_product(grad + r * s.outputs, 1, s.outputs, tile + lane, padded, s.outputs, count, lane,
-                    panel_width(columns, lane), {r == r0 ? nullptr : to, step, to, step, columns});
+                    panel_width(columns, lane), {r == r0 ? nullptr : to, stride, to, stride, columns});
   }
 }
 
@@ -187,7 +187,7 @@ void spread(const PointConvInputs& in, const PointConvSizes& s, int64_t r, int64
 // Of the scratch, rows [rows][outputs] and d [rows][channels_at_once * Q padded to kLanes].
 void backward_rows(const float* grad, const PointConvInputs& in, const PointConvSizes& s, const float* panels,
                    int64_t b0, int64_t b1, int64_t m0, int64_t m1, int64_t channels_at_once, float* rows, float* d,
-                   float* grad_weights, float* pairs, int64_t pairs_step) {
+                   float* grad_weights, float* pairs, int64_t pairs_stride) {
   const int64_t along = m1 - m0, count = (b1 - b0) * along;
   for (int64_t b = b0; b < b1; ++b)
     __builtin_memcpy(rows + (b - b0) * along * s.outputs, grad + (b * s.centroids + m0) * s.outputs,
@@ -204,7 +204,7 @@ void backward_rows(const float* grad, const PointConvInputs& in, const PointConv
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = b0 + i / along, m = m0 + i % along;
       spread(in, s, b * s.centroids + m, c, end, d + i * columns, grad_weights,
-             pairs ? pairs + (b - b0) * pairs_step + m * s.neighbors * s.channels : nullptr);
+             pairs ? pairs + (b - b0) * pairs_stride + m * s.neighbors * s.channels : nullptr);
     }
   }
 }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kDimsPerLook = 16;  // after so many a distance that is no longer the nearest is given up
+constexpr int kDimsPerTest = 16;  // after so many a distance that is no longer the nearest is given up
 
 // The index of the largest value of a block, the lowest on ties.
 template <class T>
@@ -31,14 +31,15 @@ __device__ int64_t farthest(Entry<T> own) {
 template <class T>
 struct ByCoords {
   using Value = T;
-  const T* coords;
-  int64_t step, dims;
+  Cloud<T> cloud;
   __device__ T operator()(int64_t b, int64_t i, int64_t j, T near) const {
-    const T *const point = coords + b * step + i * dims, *const query = coords + b * step + j * dims;
+    const int64_t dims = cloud.dims;
+    const T* const coords = cloud.values + b * cloud.stride;
+    const T *const point = coords + i * dims, *const query = coords + j * dims;
     T sum = 0;
     int64_t d = 0;
     while (d < dims && sum < near) {
-      const int64_t stop = d + kDimsPerLook < dims ? d + kDimsPerLook : dims;
+      const int64_t stop = d + kDimsPerTest < dims ? d + kDimsPerTest : dims;
       for (; d < stop; ++d) sum = add_square(sum, point[d], query[d]);
     }
     return sum;
@@ -48,23 +49,23 @@ struct ByCoords {
 template <class T>
 struct ByTable {
   using Value = T;
-  const int64_t* places;
-  int64_t step;
+  Cloud<int64_t> cells;
   const T* center;
   __device__ T operator()(int64_t b, int64_t i, int64_t j, T) const {
-    return center[places[b * step + i] - places[b * step + j]];
+    const int64_t* const of = cells.values + b * cells.stride;
+    return center[of[i] - of[j]];
   }
 };
 
 // One block per function. nearest [B, N]: squared distance to the nearest point taken; -1: cannot be taken.
 template <class Distance, class T = typename Distance::Value>
-__global__ void __launch_bounds__(kThreads, 1) sample(Distance distance, const bool* mask, int64_t mask_step,
-                                                      T* nearest, int64_t* out, int64_t points, int64_t samples) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sample(Distance distance, Mask candidate, T* nearest, int64_t* out, int64_t points, int64_t samples) {
   __shared__ int64_t ranks[kThreads + 1];
   const int64_t b = blockIdx.x;
   nearest += b * points;
   out += b * samples;
-  if (mask) mask += b * mask_step;
+  const bool* const mask = candidate.values ? candidate.values + b * candidate.stride : nullptr;
 
   // Every thread counts the candidates of a stretch of points; their sums say where its candidates come in order.
   const int64_t stretch = (points + kThreads - 1) / kThreads;
@@ -110,36 +111,33 @@ __global__ void __launch_bounds__(kThreads, 1) sample(Distance distance, const b
 }
 
 template <class Distance>
-int run_sample(const Distance& distance, const bool* mask, int64_t mask_step, int64_t* out, int64_t batch,
-               int64_t points, int64_t samples, CudaRun& run) {
+int run_sample(const Distance& distance, const Mask& mask, int64_t* out, int64_t batch, int64_t points, int64_t samples,
+               CudaRun& run) {
   Launcher launch(run);
   auto* const nearest = launch.take<typename Distance::Value>(batch * points);
   if (launch.asked()) return 0;
-  launch(sample<Distance>, batch, kThreads, distance, mask, mask_step, nearest, out, points, samples);
+  launch(sample<Distance>, batch, kThreads, distance, mask, nearest, out, points, samples);
   return launch.error();
 }
 
 }  // namespace
 
 template <class T>
-int farthest_point_sample_cuda(const T* coords, int64_t coords_step, const bool* mask, int64_t mask_step, int64_t* out,
-                               int64_t batch, int64_t points, int64_t dims, int64_t samples, CudaRun& run) {
-  return run_sample(ByCoords<T>{coords, coords_step, dims}, mask, mask_step, out, batch, points, samples, run);
+int farthest_point_sample_cuda(const Cloud<T>& cloud, const Mask& mask, int64_t* out, int64_t batch, int64_t samples,
+                               CudaRun& run) {
+  return run_sample(ByCoords<T>{cloud}, mask, out, batch, cloud.count, samples, run);
 }
 
 template <class T>
-int farthest_point_sample_by_table_cuda(const int64_t* coords, int64_t coords_step, const T* table, int64_t table_size,
-                                        const bool* mask, int64_t mask_step, int64_t* out, int64_t batch,
-                                        int64_t points, int64_t samples, CudaRun& run) {
-  return run_sample(ByTable<T>{coords, coords_step, table + table_size / 2}, mask, mask_step, out, batch, points,
-                    samples, run);
+int farthest_point_sample_by_table_cuda(const Cloud<int64_t>& cells, const DistanceTable<T>& table, const Mask& mask,
+                                        int64_t* out, int64_t batch, int64_t samples, CudaRun& run) {
+  return run_sample(ByTable<T>{cells, table.values + table.size / 2}, mask, out, batch, cells.count, samples, run);
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                         \
-  template int farthest_point_sample_cuda(const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,       \
-                                          int64_t, int64_t, CudaRun&);                                               \
-  template int farthest_point_sample_by_table_cuda(const int64_t*, int64_t, const T*, int64_t, const bool*, int64_t, \
-                                                   int64_t*, int64_t, int64_t, int64_t, CudaRun&);
+#define VAMOH_INSTANTIATE(T)                                                                                    \
+  template int farthest_point_sample_cuda(const Cloud<T>&, const Mask&, int64_t*, int64_t, int64_t, CudaRun&);  \
+  template int farthest_point_sample_by_table_cuda(const Cloud<int64_t>&, const DistanceTable<T>&, const Mask&, \
+                                                   int64_t*, int64_t, int64_t, CudaRun&);
 VAMOH_INSTANTIATE(float)
 VAMOH_INSTANTIATE(double)
 #undef VAMOH_INSTANTIATE

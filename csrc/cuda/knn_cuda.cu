@@ -66,30 +66,24 @@ __device__ void measure(const T* points, const T* queries, const bool* mask, int
 template <class T>
 struct ByCoords {
   using Value = T;
-  const T* points;
-  int64_t points_step;
-  const T* queries;
-  int64_t queries_step, dims;
-  __device__ void operator()(int64_t b, const bool* mask, int64_t count, int64_t num_queries, int64_t first,
-                             T* distances) const {
-    measure(points + b * points_step, queries + b * queries_step, mask, count, num_queries, dims, first, distances);
+  Cloud<T> points, queries;
+  __device__ void operator()(int64_t b, const bool* mask, int64_t first, T* distances) const {
+    measure(points.values + b * points.stride, queries.values + b * queries.stride, mask, points.count, queries.count,
+            points.dims, first, distances);
   }
 };
 
 template <class T>
 struct ByTable {
   using Value = T;
-  const int64_t* points;
-  int64_t points_step;
-  const int64_t* queries;
-  int64_t queries_step;
+  Cloud<int64_t> points, queries;
   const T* center;
-  __device__ void operator()(int64_t b, const bool* mask, int64_t count, int64_t num_queries, int64_t first,
-                             T* distances) const {
-    const int64_t here = num_queries - first < kQueries ? num_queries - first : kQueries;
+  __device__ void operator()(int64_t b, const bool* mask, int64_t first, T* distances) const {
+    const int64_t count = points.count, left = queries.count - first, here = left < kQueries ? left : kQueries;
     for (int64_t i = threadIdx.x; i < here * count; i += kThreads) {
       const int64_t n = i % count;
-      const T found = center[points[b * points_step + n] - queries[b * queries_step + first + i / count]];
+      const T found =
+          center[points.values[b * points.stride + n] - queries.values[b * queries.stride + first + i / count]];
       const T distance = found < kLargest<T> ? found : kLargest<T>;  // also of NaN
       distances[i] = !mask || mask[n] ? distance : kInfinity<T>;
     }
@@ -122,12 +116,13 @@ __device__ void select(T* distances, int64_t count, int64_t neighbors, int64_t* 
 // A block takes kQueries queries of one function, then others. distances [gridDim.x, kQueries, count].
 template <class Measure, class T = typename Measure::Value>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    search(Measure measure, const bool* mask, int64_t mask_step, T* distances, int64_t* out, int64_t tasks,
-           int64_t tasks_per_function, int64_t count, int64_t num_queries, int64_t neighbors) {
+    search(Measure measure, Mask mask, T* distances, int64_t* out, int64_t tasks, int64_t tasks_per_function,
+           int64_t neighbors) {
+  const int64_t count = measure.points.count, num_queries = measure.queries.count;
   distances += int64_t{blockIdx.x} * kQueries * count;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / tasks_per_function, first = task % tasks_per_function * kQueries;
-    measure(b, mask ? mask + b * mask_step : nullptr, count, num_queries, first, distances);
+    measure(b, mask.values ? mask.values + b * mask.stride : nullptr, first, distances);
     __syncthreads();
     for (int q = threadIdx.x / kWarp; q < kQueries && first + q < num_queries; q += kWarps)
       select(distances + q * count, count, neighbors, out + (b * num_queries + first + q) * neighbors);
@@ -136,42 +131,35 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class Measure, class T = typename Measure::Value>
-int run_search(const Measure& measure, const bool* mask, int64_t mask_step, int64_t* out, int64_t batch, int64_t count,
-               int64_t num_queries, int64_t neighbors, CudaRun& run) {
+int run_search(const Measure& measure, const Mask& mask, int64_t* out, int64_t batch, int64_t neighbors, CudaRun& run) {
   Launcher launch(run);
-  const int64_t per_function = pieces(num_queries, kQueries), tasks = batch * per_function;
-  const int64_t own = kQueries * count * static_cast<int64_t>(sizeof(T));
+  const int64_t per_function = ceil_div(measure.queries.count, kQueries), tasks = batch * per_function;
+  const int64_t values = kQueries * measure.points.count, own = values * static_cast<int64_t>(sizeof(T));
   const int64_t blocks = std::min(tasks, std::max<int64_t>(kWorkspace / std::max<int64_t>(own, 1), 1));
-  T* const distances = launch.take<T>(blocks * kQueries * count);
+  T* const distances = launch.take<T>(blocks * values);
   if (launch.asked()) return 0;
-  launch(search<Measure>, blocks, kThreads, measure, mask, mask_step, distances, out, tasks, per_function, count,
-         num_queries, neighbors);
+  launch(search<Measure>, blocks, kThreads, measure, mask, distances, out, tasks, per_function, neighbors);
   return launch.error();
 }
 
 }  // namespace
 
 template <class T>
-int knn_cuda(const T* points, int64_t points_step, const T* queries, int64_t queries_step, const bool* mask,
-             int64_t mask_step, int64_t* out, int64_t batch, int64_t count, int64_t num_queries, int64_t dims,
+int knn_cuda(const Cloud<T>& points, const Cloud<T>& queries, const Mask& mask, int64_t* out, int64_t batch,
              int64_t neighbors, CudaRun& run) {
-  return run_search(ByCoords<T>{points, points_step, queries, queries_step, dims}, mask, mask_step, out, batch, count,
-                    num_queries, neighbors, run);
+  return run_search(ByCoords<T>{points, queries}, mask, out, batch, neighbors, run);
 }
 
 template <class T>
-int knn_by_table_cuda(const int64_t* points, int64_t points_step, const int64_t* queries, int64_t queries_step,
-                      const T* table, int64_t table_size, const bool* mask, int64_t mask_step, int64_t* out,
-                      int64_t batch, int64_t count, int64_t num_queries, int64_t neighbors, CudaRun& run) {
-  return run_search(ByTable<T>{points, points_step, queries, queries_step, table + table_size / 2}, mask, mask_step,
-                    out, batch, count, num_queries, neighbors, run);
+int knn_by_table_cuda(const Cloud<int64_t>& points, const Cloud<int64_t>& queries, const DistanceTable<T>& table,
+                      const Mask& mask, int64_t* out, int64_t batch, int64_t neighbors, CudaRun& run) {
+  return run_search(ByTable<T>{points, queries, table.values + table.size / 2}, mask, out, batch, neighbors, run);
 }
 
-#define VAMOH_INSTANTIATE(T)                                                                                       \
-  template int knn_cuda(const T*, int64_t, const T*, int64_t, const bool*, int64_t, int64_t*, int64_t, int64_t,    \
-                        int64_t, int64_t, int64_t, CudaRun&);                                                      \
-  template int knn_by_table_cuda(const int64_t*, int64_t, const int64_t*, int64_t, const T*, int64_t, const bool*, \
-                                 int64_t, int64_t*, int64_t, int64_t, int64_t, int64_t, CudaRun&);
+#define VAMOH_INSTANTIATE(T)                                                                                         \
+  template int knn_cuda(const Cloud<T>&, const Cloud<T>&, const Mask&, int64_t*, int64_t, int64_t, CudaRun&);        \
+  template int knn_by_table_cuda(const Cloud<int64_t>&, const Cloud<int64_t>&, const DistanceTable<T>&, const Mask&, \
+                                 int64_t*, int64_t, int64_t, CudaRun&);
 VAMOH_INSTANTIATE(float)
 VAMOH_INSTANTIATE(double)
 #undef VAMOH_INSTANTIATE

@@ -16,11 +16,11 @@ constexpr int kEachThreads = 256;
 // Calls work(i) for every i below count, spread over the threads of the grid.
 template <class Work>
 __device__ inline void for_each(int64_t count, const Work& work) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) work(i);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) work(i);
 }
 
-inline int64_t pieces(int64_t size, int64_t step) { return (size + step - 1) / step; }
+inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Takes arrays from the workspace, then launches one kernel after another until one fails.
 class Launcher {
@@ -30,7 +30,7 @@ class Launcher {
   template <class T>
   T* take(int64_t count) {
     char* const at = static_cast<char*>(run_.workspace) + (run_.workspace ? run_.bytes : 0);
-    run_.bytes += pieces(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    run_.bytes += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
     return reinterpret_cast<T*>(at);
   }
 
@@ -51,7 +51,7 @@ class Launcher {
   // A kernel that is one call of for_each(count, ...).
   template <class... P, class... A>
   void each(void (*kernel)(P...), int64_t count, A... arguments) {
-    (*this)(kernel, std::min(pieces(count, kEachThreads), kMostBlocks), kEachThreads, arguments...);
+    (*this)(kernel, std::min(ceil_div(count, kEachThreads), kMostBlocks), kEachThreads, arguments...);
   }
 
   int error() const { return error_; }

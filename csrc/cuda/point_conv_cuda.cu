@@ -172,7 +172,7 @@ __global__ void grad_difference(const float* grad, const float* sums, Readers by
 int point_conv_cuda(const PointConvInputs& in, float* out, const PointConvSizes& s, float slope, CudaRun& run) {
   Launcher launch(run);
   if (launch.asked()) return 0;
-  const int64_t across = pieces(s.outputs, kTile), tasks = pieces(s.batch * s.centroids, kTile) * across;
+  const int64_t across = ceil_div(s.outputs, kTile), tasks = ceil_div(s.batch * s.centroids, kTile) * across;
   launch(forward, tasks, kProductThreads, in, out, s, slope, across);
   return launch.error();
 }
@@ -181,10 +181,10 @@ int point_conv_backward_cuda(const float* grad, const float* out, const PointCon
                              const PointConvGradients& gradients, const PointConvSizes& s, float slope, CudaRun& run) {
   Launcher launch(run);
   const int64_t rows = s.batch * s.centroids, inputs = s.channels * s.width, own = s.centroids * inputs;
-  const int64_t down = pieces(s.outputs, kTile), across = pieces(inputs + 1, kTile);
+  const int64_t down = ceil_div(s.outputs, kTile), across = ceil_div(inputs + 1, kTile);
   const int64_t wanted = std::max<int64_t>(kBlocks / std::max<int64_t>(down * across, 1), 1);
-  const int64_t length = std::max(pieces(rows, wanted), kRowsPerPart);
-  const int64_t parts = std::max<int64_t>(pieces(rows, length), 1);
+  const int64_t length = std::max(ceil_div(rows, wanted), kRowsPerPart);
+  const int64_t parts = std::max<int64_t>(ceil_div(rows, length), 1);
   const int64_t group = std::min(s.batch, std::max<int64_t>(kContracted / std::max<int64_t>(own, 1), 1));
   float* const sums = launch.take<float>(parts * s.outputs * (inputs + 1));
   float* const d = launch.take<float>(group * own);
@@ -201,8 +201,8 @@ int point_conv_backward_cuda(const float* grad, const float* out, const PointCon
               gradients.linear_bias);
   fill_readers(launch, in.neighbors, readers);
   for (int64_t b0 = 0; b0 == 0 || b0 < s.batch; b0 += std::max<int64_t>(group, 1)) {
-    const int64_t b1 = std::min(b0 + group, s.batch), wide = pieces(inputs, kTile);
-    const int64_t tiles = pieces((b1 - b0) * s.centroids, kTile) * wide;
+    const int64_t b1 = std::min(b0 + group, s.batch), wide = ceil_div(inputs, kTile);
+    const int64_t tiles = ceil_div((b1 - b0) * s.centroids, kTile) * wide;
     launch(grad_contracted, tiles, kProductThreads, grad, out, in, s, slope, b0, b1, d, wide);
     const int64_t weights = (s.shared ? 1 : b1 - b0) * s.centroids * s.neighbors * s.width;
     launch.each(grad_weights, weights, in, s, b0, b1, d, gradients.weights);
@@ -224,7 +224,7 @@ int neighbor_difference_backward_cuda(const float* grad, const int64_t* neighbor
                                       float* grad_table, float* grad_bias, const DifferenceSizes& s, CudaRun& run) {
   Launcher launch(run);
   const int64_t functions = s.index_shared ? 1 : s.batch, rows = s.batch * s.centroids;
-  const int64_t parts = pieces(rows, kRowsPerPart);
+  const int64_t parts = ceil_div(rows, kRowsPerPart);
   const Readers by_neighbor = take_readers(launch, functions, s.points, s.centroids * s.neighbors);
   const Readers by_centroid = take_readers(launch, functions, s.points, s.centroids);
   float* const sums = launch.take<float>(rows * s.width);

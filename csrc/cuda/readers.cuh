@@ -64,7 +64,7 @@ inline Readers take_readers(Launcher& launch, int64_t functions, int64_t points,
 }
 
 inline void fill_readers(Launcher& launch, const int64_t* index, const Readers& readers) {
-  const int64_t blocks = readers.functions * pieces(readers.points, kReaderThreads);
+  const int64_t blocks = readers.functions * ceil_div(readers.points, kReaderThreads);
   launch(find_readers<false>, blocks, kReaderThreads, index, readers);
   launch(add_counts, readers.functions, kReaderThreads, readers);
   launch(find_readers<true>, blocks, kReaderThreads, index, readers);

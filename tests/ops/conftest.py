@@ -127,7 +127,7 @@ WIDE_CLOUDS: dict[str, Callable[[], Tensor]] = {
     "waves": lambda: torch.sin(torch.rand(300, 2) @ torch.randn(2, 256) * 20),
     "one_more_than_fours": lambda: torch.randn(130, 65),
     "one_less_than_fours": lambda: torch.randn(129, 127),
-    "corners": lambda: torch.randint(0, 2, (40, 8192)) * 2.0 - 1,  # codes as far apart as they can be
+    "corners": lambda: torch.randint(0, 2, (40, 8192)) * 2.0 - 1,  # quantized, as far apart as they can be
     "twins": lambda: torch.rand(20, 90)[torch.randint(0, 20, (160,))] + 1e-6 * torch.randn(160, 90),
     "far_from_the_origin": lambda: 1e5 + torch.rand(140, 66),
     "outlier": _outlier,  # the others are alike to seven bits
@@ -146,7 +146,7 @@ WIDEST = {"corners", "many_dimensions"}  # for whose many dimensions the referen
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in WIDEST)) for name in WIDE_CLOUDS])
 def wide_cloud(request: pytest.FixtureRequest) -> Tensor:
-    """Clouds [N, D] of at least 64 dimensions, which CPU kernels look at in seven bits first where they can."""
+    """Clouds [N, D] of at least 64 dimensions, which CPU kernels quantize first where they can."""
     torch.manual_seed(0)
     return WIDE_CLOUDS[request.param]()
 

@@ -220,8 +220,8 @@ def test_isa_that_this_cpu_lacks(isas, monkeypatch, fresh_choice):
 def test_native_module_refuses_an_unsupported_isa(isas):
     with pytest.raises(ValueError, match="unsupported instruction set neon"):
         _native.native().knn_float32(
-            points=None, points_step=0, queries=None, queries_step=0, mask=None, mask_step=0, out=None, batch=0,
-            count=0, num_queries=0, dims=0, neighbors=0, threads=1, isa="neon",
+            points=(None, 0, 0, 0), queries=(None, 0, 0, 0), mask=(None, 0), out=None, batch=0, neighbors=0, threads=1,
+            isa="neon",
         )  # fmt: skip
 
 

@@ -233,8 +233,8 @@ def test_launch_without_a_device_says_so(built):
         pytest.skip("there is a device")
     assert {row.reason for row in status().rows if row.backend == "cuda"} == {"torch finds no CUDA device"}
     assert re.search(r"\(cudaError\w+\)$", native().cuda_problem())
-    sizes = ("points_step", "queries_step", "mask_step", "batch", "count", "num_queries", "dims", "neighbors")
-    arguments = {**dict.fromkeys(sizes, 1), **dict.fromkeys(("points", "queries", "mask", "out"), 0)}
+    cloud = (0, 1, 1, 1)
+    arguments = {"points": cloud, "queries": cloud, "mask": (0, 1), "out": 0, "batch": 1, "neighbors": 1}
     launch = native().knn_float32_cuda
     assert launch(**arguments, run=(0, 0)) > 0
     with pytest.raises(RuntimeError, match=r"knn: CUDA kernel could not be launched: .*\(cudaError\w+\)"):

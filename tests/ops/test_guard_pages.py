@@ -107,7 +107,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def clouds(s: Size, dims: int) -> Iterator[Call]:
-    """Searches in many dimensions, which look at codes first, and on lattices."""
+    """Searches in many dimensions, which are quantized first, and on lattices."""
     wide, places, table = draw(s.B, s.N, dims), index(20, s.N, 1), uniform(41)
     count = min(s.S, s.N)
     yield Call("knn", lambda x: ops.knn(x, x[:, : s.M], count), [wide], exact=True)

@@ -82,7 +82,7 @@ def test_every_isa_makes_the_noise_of_the_reference(isas, seed, size):
     pairs = counter_noise_reference(torch.tensor(seed), range(samples), batch, latent + latent % 2, torch.float64)
     radius = pairs.unflatten(2, (-1, 2)).norm(dim=3).repeat_interleave(2, 2)[..., :latent]
     expected = pairs[..., :latent]
-    # Units of the radius: logarithm, root and product one each, sine and cosine two, as simd.inl states. Thrice that.
+    # Units of the radius: logarithm, root and product one each, sine and cosine two (vectors.inl). Thrice that.
     bound = 15 * UNIT * radius
     for isa in isas:
         error = (native_noise(seed, *size, isa) - expected).abs()

@@ -86,7 +86,7 @@ def cuda_unavailable() -> str | None:
 def items(x: Tensor | None) -> tuple[Tensor | None, int]:
     """Memory of a batch [B, ...] for a kernel: a contiguous tensor, and how many values lie from item to item.
 
-    A batch that `expand` made of one item stays one item, with step 0. (None, 0) for None.
+    A batch that `expand` made of one item stays one item, with stride 0. (None, 0) for None.
     """
     if x is None:
         return None, 0

@@ -101,22 +101,15 @@ _farthest_point_sample = Op(
 
 @_farthest_point_sample.backend("cpu", "cuda", dtypes=POINTS)
 def _(call: Any, coords: Tensor, mask: Tensor | None, samples: int, table: Tensor | None) -> Tensor:
-    batch, points, dims = coords.shape
-    order = coords.new_empty((batch, samples), dtype=torch.int64)
-    clouds, coords_step = items(coords)
-    mask, mask_step = items(mask)
+    order = coords.new_empty((len(coords), samples), dtype=torch.int64)
     name = "farthest_point_sample"
-    metric: dict[str, Any] = {"dims": dims} if table is None else {"table": table, "table_size": len(table)}
     call(
         f"{name}_{name_of(coords)}" if table is None else f"{name}_by_table_{name_of(table)}",
-        coords=clouds,
-        coords_step=coords_step,
-        mask=mask,
-        mask_step=mask_step,
+        cloud=[*items(coords), *coords.shape[1:]],
+        mask=items(mask),
         out=order,
-        batch=batch,
-        points=points,
+        batch=len(coords),
         samples=samples,
-        **metric,
+        **({} if table is None else {"table": [table, len(table)]}),
     )
     return order

@@ -295,8 +295,8 @@ def _(grad_q: Tensor, grad_kl: Tensor, q: Tensor, log_q: Tensor, log_p: Tensor) 
 @_categorical_kl.backend("cpu")
 def _(call: Any, log_q: Tensor, log_p: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     q, kl = _empty_kl(log_q, log_p, mask)
-    mask, mask_step = items(mask)
-    call("categorical_kl", mask=mask, mask_step=mask_step, q=q, kl=kl, **_divergence(log_q, log_p))
+    mask, mask_stride = items(mask)
+    call("categorical_kl", mask=mask, mask_stride=mask_stride, q=q, kl=kl, **_divergence(log_q, log_p))
     return q, kl
 
 

@@ -204,10 +204,10 @@ def _refusal(*arguments: Any) -> str | None:
 
 def _mixture(theta: Tensor, features: Tensor, mirror: Tensor | None, inr: Inr, mask: Tensor | None = None) -> list[Any]:
     """InrMixture of csrc/inr_mixture.h, with the address of theta, which is dense, as it lies."""
-    shared, step = (features, 0) if features.dim() == 2 else items(features)
+    shared, stride = (features, 0) if features.dim() == 2 else items(features)
     sizes = (*theta.shape[:2], features.shape[-2])
     network = (inr.activation == "sine", _slope(inr), inr.omega)
-    return [theta.data_ptr(), *theta.stride()[:2], shared, step, mirror, mask, inr.widths, *sizes, *network]
+    return [theta.data_ptr(), *theta.stride()[:2], shared, stride, mirror, mask, inr.widths, *sizes, *network]
 
 
 def _dense(theta: Tensor) -> Tensor:

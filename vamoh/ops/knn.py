@@ -125,26 +125,16 @@ def _run(
     table: Tensor | None,
     **cells: Any,
 ) -> Tensor:
-    batch, count, dims = points.shape
-    index = points.new_empty((batch, queries.shape[1], num_neighbors), dtype=torch.int64)
-    clouds, points_step = items(points)
-    centers, queries_step = items(queries)
-    mask, mask_step = items(mask)
-    metric: dict[str, Any] = {"dims": dims} if table is None else {"table": table, "table_size": len(table), **cells}
+    index = points.new_empty((len(points), queries.shape[1], num_neighbors), dtype=torch.int64)
     call(
         f"knn_{name_of(points)}" if table is None else f"knn_by_table_{name_of(table)}",
-        points=clouds,
-        points_step=points_step,
-        queries=centers,
-        queries_step=queries_step,
-        mask=mask,
-        mask_step=mask_step,
+        points=[*items(points), *points.shape[1:]],
+        queries=[*items(queries), *queries.shape[1:]],
+        mask=items(mask),
         out=index,
-        batch=batch,
-        count=count,
-        num_queries=queries.shape[1],
+        batch=len(points),
         neighbors=num_neighbors,
-        **metric,
+        **({} if table is None else {"table": [table, len(table)], **cells}),
     )
     return index
 

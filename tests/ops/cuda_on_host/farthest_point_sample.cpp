@@ -28,18 +28,18 @@ std::vector<int64_t> sampled(const T* x, const bool* mask, int64_t n, int64_t di
 
 template <class T>
 bool run(int64_t n, int64_t dims, int64_t samples, Kind kind, bool shared) {
-  const int64_t batch = 2, step = shared ? 0 : n * dims;
+  const int64_t batch = 2, stride = shared ? 0 : n * dims;
   const auto coords = cloud<T>((shared ? 1 : batch) * n * dims, kind, 1);
   const auto mask = random_mask(batch, n, 1);
   bool good = true;
   for (const bool* allowed : {static_cast<const bool*>(nullptr), static_cast<const bool*>(mask.get())}) {
     const auto order = memory<int64_t>(batch * samples);
     good = good && run_cuda([&](vamoh::CudaRun& run) {
-             return vamoh::farthest_point_sample_cuda(coords.get(), step, allowed, n, order.get(), batch, n, dims,
-                                                      samples, run);
+             return vamoh::farthest_point_sample_cuda<T>({coords.get(), stride, n, dims}, {allowed, n}, order.get(),
+                                                         batch, samples, run);
            });
     for (int64_t b = 0; b < batch; ++b) {
-      const auto expected = sampled(coords.get() + b * step, allowed ? allowed + b * n : nullptr, n, dims, samples);
+      const auto expected = sampled(coords.get() + b * stride, allowed ? allowed + b * n : nullptr, n, dims, samples);
       good = good && std::equal(expected.begin(), expected.end(), order.get() + b * samples);
     }
   }

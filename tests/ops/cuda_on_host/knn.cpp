@@ -20,18 +20,18 @@ std::vector<int64_t> found(const T* x, const T* query, const bool* mask, int64_t
 
 template <class T>
 bool run(int64_t n, int64_t dims, int64_t neighbors, int64_t m, Kind kind, bool shared) {
-  const int64_t batch = 2, step = shared ? 0 : n * dims;
+  const int64_t batch = 2, stride = shared ? 0 : n * dims;
   const auto points = cloud<T>((shared ? 1 : batch) * n * dims, kind, 1), queries = cloud<T>(batch * m * dims, kind, 2);
   const auto mask = random_mask(batch, n, neighbors);
   bool good = true;
   for (const bool* allowed : {static_cast<const bool*>(nullptr), static_cast<const bool*>(mask.get())}) {
     const auto index = memory<int64_t>(batch * m * neighbors);
     good = good && run_cuda([&](vamoh::CudaRun& run) {
-             return vamoh::knn_cuda(points.get(), step, queries.get(), m * dims, allowed, n, index.get(), batch, n, m,
-                                    dims, neighbors, run);
+             return vamoh::knn_cuda<T>({points.get(), stride, n, dims}, {queries.get(), m * dims, m, dims},
+                                       {allowed, n}, index.get(), batch, neighbors, run);
            });
     for (int64_t q = 0; q < batch * m; ++q) {
-      const auto expected = found(points.get() + q / m * step, queries.get() + q * dims,
+      const auto expected = found(points.get() + q / m * stride, queries.get() + q * dims,
                                   allowed ? allowed + q / m * n : nullptr, n, dims, neighbors);
       good = good && std::equal(expected.begin(), expected.end(), index.get() + q * neighbors);
     }
@@ -48,7 +48,8 @@ bool run_one_block() {
   for (int64_t i = 0; i < batch * n; ++i) mask[i] = i % n % 7 == i / n;
   const auto index = memory<int64_t>(batch * m * neighbors);
   bool good = run_cuda([&](vamoh::CudaRun& run) {
-    return vamoh::knn_cuda(&nothing, 0, &nothing, 0, mask.get(), n, index.get(), batch, n, m, 0, neighbors, run);
+    return vamoh::knn_cuda<double>({&nothing, 0, n, 0}, {&nothing, 0, m, 0}, {mask.get(), n}, index.get(), batch,
+                                   neighbors, run);
   });
   for (int64_t i = 0; i < batch * m * neighbors; ++i)
     good = good && index[i] == i / (m * neighbors) + i % neighbors * 7;

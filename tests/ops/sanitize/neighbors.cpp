@@ -23,8 +23,9 @@ bool run(vamoh::Isa isa, int64_t batch, int64_t n, int64_t d, int64_t s, int thr
   bool good = true;
   for (const bool* allowed : {static_cast<const bool*>(nullptr), static_cast<const bool*>(mask.get())}) {
     std::unique_ptr<int64_t[]> order(new int64_t[batch * s]), index(new int64_t[batch * m * s]);
-    vamoh::farthest_point_sample(points.get(), n * d, allowed, n, order.get(), batch, n, d, s, threads, isa);
-    vamoh::knn(points.get(), n * d, queries.get(), m * d, allowed, n, index.get(), batch, n, m, d, s, threads, isa);
+    const vamoh::Cloud<T> cloud{points.get(), n * d, n, d};
+    vamoh::farthest_point_sample(cloud, {allowed, n}, order.get(), batch, s, threads, isa);
+    vamoh::knn(cloud, {queries.get(), m * d, m, d}, {allowed, n}, index.get(), batch, s, threads, isa);
     for (int64_t i = 0; i < batch * s; ++i) good &= order[i] >= 0 && order[i] < n;
     for (int64_t i = 0; i < batch * m * s; ++i) good &= index[i] >= 0 && index[i] < n;
   }
@@ -43,13 +44,14 @@ bool run_by_table(vamoh::Isa isa, int64_t n, int64_t s, int64_t half, int thread
   std::iota(nearest.get(), nearest.get() + 2 * half + 1, 0);
   std::sort(nearest.get(), nearest.get() + 2 * half + 1, [&](int32_t a, int32_t b) { return table[a] < table[b]; });
   std::unique_ptr<int64_t[]> order(new int64_t[batch * s]), index(new int64_t[batch * m * s]);
-  vamoh::farthest_point_sample_by_table(points.get(), n, table.get(), 2 * half + 1, nullptr, 0, order.get(), batch, n,
-                                        s, threads, isa);
+  const vamoh::Cloud<int64_t> cells{points.get(), n, n, 1};
+  const vamoh::DistanceTable<T> distances{table.get(), 2 * half + 1};
+  vamoh::farthest_point_sample_by_table(cells, distances, {nullptr, 0}, order.get(), batch, s, threads, isa);
   bool good = true;
   for (int64_t i = 0; i < batch * s; ++i) good &= order[i] >= 0 && order[i] < n;
   for (int64_t length : {int64_t{0}, half, 2 * half + 1}) {
-    vamoh::knn_by_table(points.get(), n, queries.get(), m, table.get(), 2 * half + 1, nearest.get(), length, nullptr, 0,
-                        index.get(), batch, n, m, s, threads, isa);
+    vamoh::knn_by_table(cells, {queries.get(), m, m, 1}, distances, nearest.get(), length, {nullptr, 0}, index.get(),
+                        batch, s, threads, isa);
     for (int64_t i = 0; i < batch * m * s; ++i) good &= index[i] >= 0 && index[i] < n;
   }
   return good;

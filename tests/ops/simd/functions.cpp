@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/likelihood.h"
+#include "simd/likelihood.h"
 #include "isa.h"
 
 enum class Function {
@@ -31,7 +31,7 @@ enum class Function {
 };
 
 #define VAMOH_KERNEL "functions.inl"
-#include "cpu/each_isa.inl"
+#include "simd/each_isa.inl"
 
 namespace {
 

@@ -1,5 +1,5 @@
-#include "cpu/simd.inl"
-#include "cpu/likelihood.inl"
+#include "simd/vectors.inl"
+#include "simd/likelihood.inl"
 
 // results[0 .. count) of values, count a multiple of the lanes. Sines and cosines are functions of their own.
 void evaluate(Function function, const float* values, int64_t count, float* results) {

@@ -1,5 +1,5 @@
 // Standard normal noise as a function of a seed and of its place: Philox4x32-10 and Box-Muller, as vamoh/ops/_noise.py
-// defines it. Needs simd.inl and panel.inl. Included by the kernels, once per instruction set.
+// defines it. Needs vectors.inl and panel.inl. Included by the kernels, once per instruction set.
 
 // 64-bit lanes of which the lower half is a word of Philox and the upper half is ignored: products need no shuffles.
 typedef unsigned long long W __attribute__((vector_size(kVectorBytes), may_alias));
@@ -58,10 +58,10 @@ inline Keys keys_of(uint64_t seed) {
 inline uint64_t high(uint64_t x) { return x >> 32; }
 inline uint64_t low(uint64_t x) { return x & 0xffffffffu; }
 
-// The four words of the counters (block, sample, datum, 0), one sample per lane.
-inline void philox(const Keys& keys, uint32_t block, W sample, uint32_t datum, W (&words)[4]) {
+// The four words of the counters (block, sample, function, 0), one sample per lane.
+inline void philox(const Keys& keys, uint32_t block, W sample, uint32_t function, W (&words)[4]) {
   // Until round 3 some words are the same in all lanes.
-  const uint64_t p0 = kMultiplier0 * block, p1 = kMultiplier1 * datum;
+  const uint64_t p0 = kMultiplier0 * block, p1 = kMultiplier1 * function;
   W product = word_product(sample ^ splat_word(high(p1) ^ keys.at[0][0]), kMultiplier0);
   const uint64_t q1 = kMultiplier1 * low(high(p0) ^ keys.at[0][1]);
   const W second = (product >> 32) ^ splat_word(low(p0) ^ keys.at[1][1]);
@@ -94,16 +94,16 @@ inline void box_muller(Vi first, Vi second, V& a, V& b) {
   b = radius * sine;
 }
 
-// A panel of samples first..first + kPanel - 1 of a datum: out [latent rounded up to 4][kPanel].
-inline void noise_panel(const Keys& keys, int64_t first, int64_t datum, int64_t latent, float* out) {
+// A panel of samples first..first + kPanel - 1 of a function: out [latent rounded up to 4][kPanel].
+inline void noise_panel(const Keys& keys, int64_t first, int64_t function, int64_t latent, float* out) {
   W index;
   for (int i = 0; i < kLanes / 2; ++i) index[i] = 2 * i;
   for (int64_t row = 0; row < latent; row += 4, out += 4 * kPanel) {
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const W sample = index + static_cast<uint64_t>(first + lane);
       W even[4], odd[4];
-      philox(keys, static_cast<uint32_t>(row / 4), sample, static_cast<uint32_t>(datum), even);
-      philox(keys, static_cast<uint32_t>(row / 4), sample + 1, static_cast<uint32_t>(datum), odd);
+      philox(keys, static_cast<uint32_t>(row / 4), sample, static_cast<uint32_t>(function), even);
+      philox(keys, static_cast<uint32_t>(row / 4), sample + 1, static_cast<uint32_t>(function), odd);
       for (int i = 0; i < 4; ++i)
         store(out + i * kPanel + lane, reinterpret_cast<V>((even[i] & 0xffffffffu) | (odd[i] << 32)));
     }

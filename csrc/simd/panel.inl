@@ -1,5 +1,5 @@
 // Products of small matrices with a panel: kPanel points side by side, feature after feature, [features][kPanel].
-// Needs simd.inl. Included by the kernels, once per instruction set.
+// Needs vectors.inl. Included by the kernels, once per instruction set.
 
 constexpr int kPanel = 64;
 
@@ -13,13 +13,13 @@ struct Accumulators {
   V at[R][J];
 };
 
-// sums[r][lane] += sum_k a[r * a_row + k * a_step] * b[k * b_step + lane]
+// sums[r][lane] += sum_k a[r * a_row + k * a_stride] * b[k * b_stride + lane]
 template <int R, int J>
-inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                                    int64_t b_step, int64_t count, Accumulators<R, J>& sums) {
+inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_row, int64_t a_stride, const float* b,
+                                                    int64_t b_stride, int64_t count, Accumulators<R, J>& sums) {
   Accumulators<R, J> s = sums;
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < count; ++k, a += a_step, b += b_step) {
+  for (int64_t k = 0; k < count; ++k, a += a_stride, b += b_stride) {
     V right[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) right[j] = load(b + j * kLanes);
@@ -34,15 +34,15 @@ inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_ro
 }
 
 template <int R, int J, class Init, class Done>
-inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                                         int64_t b_step, int64_t count, int64_t row, int64_t lane,
-                                                         const Init& init, const Done& done) {
+inline __attribute__((always_inline)) void product_block(const float* a, int64_t a_row, int64_t a_stride,
+                                                         const float* b, int64_t b_stride, int64_t count, int64_t row,
+                                                         int64_t lane, const Init& init, const Done& done) {
   Accumulators<R, J> sums;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sums.at[r][j] = init(row + r, lane + j * kLanes);
-  multiply<R, J>(a, a_row, a_step, b + lane, b_step, count, sums);
+  multiply<R, J>(a, a_row, a_stride, b + lane, b_stride, count, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -50,41 +50,42 @@ inline __attribute__((always_inline)) void product_block(const float* a, int64_t
 }
 
 template <int R, class Init, class Done>
-inline __attribute__((always_inline)) void product_rows(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                                        int64_t b_step, int64_t count, int64_t width, int64_t row,
+inline __attribute__((always_inline)) void product_rows(const float* a, int64_t a_row, int64_t a_stride, const float* b,
+                                                        int64_t b_stride, int64_t count, int64_t width, int64_t row,
                                                         const Init& init, const Done& done) {
   int64_t lane = 0;
   for (; lane + kBlock <= width; lane += kBlock)
-    product_block<R, kColumns>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
-  for (; lane < width; lane += kLanes) product_block<R, 1>(a, a_row, a_step, b, b_step, count, row, lane, init, done);
+    product_block<R, kColumns>(a, a_row, a_stride, b, b_stride, count, row, lane, init, done);
+  for (; lane < width; lane += kLanes)
+    product_block<R, 1>(a, a_row, a_stride, b, b_stride, count, row, lane, init, done);
 }
 
 // For every row r < rows and lane < width (a multiple of kLanes, best of kBlock):
-//   done(r, lane, init(r, lane) + sum_k a[r * a_row + k * a_step] * b[k * b_step + lane])
-// with vectors of lanes. One function for y = W x (a_row = in, a_step = 1), x = W^T y (a_row = 1, a_step = in) and
+//   done(r, lane, init(r, lane) + sum_k a[r * a_row + k * a_stride] * b[k * b_stride + lane])
+// with vectors of lanes. One function for y = W x (a_row = in, a_stride = 1), x = W^T y (a_row = 1, a_stride = in) and
 // gradients of W where b is a matrix of points in rows.
 template <class Init, class Done>
-inline void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+inline void product(const float* a, int64_t a_row, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                     int64_t count, int64_t width, const Init& init, const Done& done) {
   int64_t r = 0;
   for (; r + kRows <= rows && (rows - r > kRows + 2 || rows - r == kRows); r += kRows)
-    product_rows<kRows>(a + r * a_row, a_row, a_step, b, b_step, count, width, r, init, done);
-  if (rows - r > kRows) {  // 7 as 4 + 3 and 8 as 4 + 4: blocks of one or two rows wait for b
-    product_rows<4>(a + r * a_row, a_row, a_step, b, b_step, count, width, r, init, done);
+    product_rows<kRows>(a + r * a_row, a_row, a_stride, b, b_stride, count, width, r, init, done);
+  if (rows - r > kRows) {  // 7 as 4 + 3 and 8 as 4 + 4: blocks of one or two rows are bound by loads of b
+    product_rows<4>(a + r * a_row, a_row, a_stride, b, b_stride, count, width, r, init, done);
     r += 4;
   }
   a += r * a_row;
   switch (rows - r) {
     case 1:
-      return product_rows<1>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+      return product_rows<1>(a, a_row, a_stride, b, b_stride, count, width, r, init, done);
     case 2:
-      return product_rows<2>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+      return product_rows<2>(a, a_row, a_stride, b, b_stride, count, width, r, init, done);
     case 3:
-      return product_rows<3>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+      return product_rows<3>(a, a_row, a_stride, b, b_stride, count, width, r, init, done);
     case 4:
-      return product_rows<4>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+      return product_rows<4>(a, a_row, a_stride, b, b_stride, count, width, r, init, done);
     case 5:
-      return product_rows<5>(a, a_row, a_step, b, b_step, count, width, r, init, done);
+      return product_rows<5>(a, a_row, a_stride, b, b_stride, count, width, r, init, done);
     default:
       return;
   }
@@ -100,13 +101,13 @@ struct FromColumn {  // one value per row: a bias
 };
 struct FromMatrix {
   const float* matrix;
-  int64_t step;
-  V operator()(int64_t row, int64_t lane) const { return load(matrix + row * step + lane); }
+  int64_t stride;
+  V operator()(int64_t row, int64_t lane) const { return load(matrix + row * stride + lane); }
 };
 struct ToMatrix {
   float* matrix;
-  int64_t step;
-  void operator()(int64_t row, int64_t lane, V v) const { store(matrix + row * step + lane, v); }
+  int64_t stride;
+  void operator()(int64_t row, int64_t lane, V v) const { store(matrix + row * stride + lane, v); }
 };
 
 #if defined(__clang__)
@@ -197,9 +198,9 @@ inline void dots(const float* a, int64_t a_panel, const float* b, int64_t b_pane
 
 // sum over panels and points of one row: gradient of a bias.
 template <class Lanes = FullPanels>
-inline float row_sum(const float* row, int64_t panel_step, int64_t panels, const Lanes& lanes = {}) {
+inline float row_sum(const float* row, int64_t panel_stride, int64_t panels, const Lanes& lanes = {}) {
   V total = V{};
-  for (int64_t panel = 0; panel < panels; ++panel, row += panel_step)
+  for (int64_t panel = 0; panel < panels; ++panel, row += panel_stride)
     for (int64_t lane = 0, end = lanes(panel); lane < end; lane += kLanes) total += load(row + lane);
   return sum(total);
 }

@@ -132,7 +132,7 @@ inline V exp(V x) {  // 1.5
 }
 
 // log(x / 2^shift) for a positive, finite and normal x.
-inline V log_normal(V x, Vi shift) {  // 1
+inline V log_normal(V x, Vi shift) {                   // 1
   const Vi exponent = ((bits(x) - 0x3f3504f3) >> 23);  // so that the fraction lies in [sqrt(1/2), sqrt(2))
   const V f = from_bits(bits(x) - (exponent << 23)) - 1.0f;
   const V e = __builtin_convertvector(exponent - shift, V);

@@ -1,14 +1,14 @@
-// Products of matrices of any size on the register blocks of panel.inl. Needs simd.inl and panel.inl. Included by the
-// kernels, once per instruction set.
+// Products of matrices of any size on the register blocks of panel.inl. Needs vectors.inl and panel.inl. Included by
+// the kernels, once per instruction set.
 //
 // Of the operands of a sum over k of a[row][k] * b[k][column], a is read in place, one value at a time, with any
 // strides; b lies in panels of kBlock columns, [count][kBlock], the last panel only as wide as it must be.
 
-constexpr int64_t kAhead = 6144;  // floats from a load of a large matrix to what is fetched meanwhile
+constexpr int64_t kAhead = 6144;  // prefetch distance in a large matrix, in floats
 
 // Into the second-level cache: loads into the first wait for one of its few line buffers, which bounds a thread to a
 // fraction of what the memory delivers.
-inline void fetch(const float* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch(const float* p) { __builtin_prefetch(p, 0, 2); }
 
 // A vector of which only the first n lanes are in memory; the others are 0.
 inline V load_part(const float* p, int64_t n) {
@@ -47,21 +47,21 @@ constexpr int kTall = kRows * kColumns / J < 12 ? kRows * kColumns / J : 12;
 
 inline V leaky(V v, float slope) { return v > 0.0f ? v : v * slope; }
 
-// Where sums begin and end: at from[row * from_step + lane] (a bias has step 0; null: at zero), and as
-// leaky(sum) at to[row * to_step + lane]. Lanes from `columns` on are not in memory.
+// Where sums begin and end: at from[row * from_stride + lane] (a bias has stride 0; null: at zero), and as
+// leaky(sum) at to[row * to_stride + lane]. Lanes from `columns` on are not in memory.
 struct Sums {
   const float* from;
-  int64_t from_step;
+  int64_t from_stride;
   float* to;
-  int64_t to_step, columns;
+  int64_t to_stride, columns;
   float slope = 1;       // 1: as they are
   bool streams = false;  // past the caches: whole aligned vectors of a large output that nothing reads soon
 
   V begin(int64_t row, int64_t lane) const {
-    return from ? load_part(from + row * from_step + lane, columns - lane) : V{};
+    return from ? load_part(from + row * from_stride + lane, columns - lane) : V{};
   }
   void end(int64_t row, int64_t lane, V v) const {
-    float* const place = to + row * to_step + lane;
+    float* const place = to + row * to_stride + lane;
     v = leaky(v, slope);
 #if VAMOH_VECTOR_BITS == 512
     if (streams) return _mm512_stream_ps(place, v);
@@ -73,7 +73,7 @@ struct Sums {
 };
 
 template <int R, int J>
-inline void panel_rows(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+inline void panel_rows(const float* a, int64_t a_row, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                        int64_t count, int64_t row, int64_t lane, const Sums& sums) {
   for (; row + R <= rows; row += R) {
     Accumulators<R, J> block;
@@ -81,31 +81,32 @@ inline void panel_rows(const float* a, int64_t a_row, int64_t a_step, const floa
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) block.at[r][j] = sums.begin(row + r, lane + j * kLanes);
-    multiply<R, J>(a + row * a_row, a_row, a_step, b, b_step, count, block);
+    multiply<R, J>(a + row * a_row, a_row, a_stride, b, b_stride, count, block);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sums.end(row + r, lane + j * kLanes, block.at[r][j]);
   }
   constexpr int kLess = J == kColumns ? R - 1 : R / 2;  // whole rests where blocks are low, few blocks to compile else
-  if constexpr (kLess > 0) panel_rows<kLess, J>(a, a_row, a_step, b, b_step, rows, count, row, lane, sums);
+  if constexpr (kLess > 0) panel_rows<kLess, J>(a, a_row, a_stride, b, b_stride, rows, count, row, lane, sums);
 }
 
 // For every row < rows and vector of the `width` (a panel_width) columns from `lane` on:
-//   sums.end(row, lane, sums.begin(row, lane) + sum_k a[row * a_row + k * a_step] * b[k * b_step + lane of the panel])
-void panel_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t rows,
+//   sums.end(row, lane, sums.begin(row, lane) + sum_k a[row * a_row + k * a_stride] * b[k * b_stride + lane of the
+//   panel])
+void panel_product(const float* a, int64_t a_row, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
                    int64_t count, int64_t lane, int64_t width, const Sums& sums) {
   switch (width / kLanes) {
     case 1:
-      return panel_rows<kTall<1>, 1>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+      return panel_rows<kTall<1>, 1>(a, a_row, a_stride, b, b_stride, rows, count, 0, lane, sums);
 #if VAMOH_VECTOR_BITS == 512
     case 2:
-      return panel_rows<kTall<2>, 2>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+      return panel_rows<kTall<2>, 2>(a, a_row, a_stride, b, b_stride, rows, count, 0, lane, sums);
     case 3:
-      return panel_rows<kTall<3>, 3>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+      return panel_rows<kTall<3>, 3>(a, a_row, a_stride, b, b_stride, rows, count, 0, lane, sums);
 #endif
     default:
-      return panel_rows<kRows, kColumns>(a, a_row, a_step, b, b_step, rows, count, 0, lane, sums);
+      return panel_rows<kRows, kColumns>(a, a_row, a_stride, b, b_stride, rows, count, 0, lane, sums);
   }
 }
 
@@ -129,14 +130,14 @@ inline void transpose_into(const float* from, int64_t from_row, int64_t rows, in
   }
 }
 
-// Panels of b[count][n], whose element (k, column) is at from + k * step + column * column_step.
-inline void pack(const float* from, int64_t step, int64_t column_step, int64_t count, int64_t n, float* to) {
-  if (column_step == 1) {  // whole rows, in the order of memory
-    for (int64_t k = 0; k < count; ++k, from += step)
+// Panels of b[count][n], whose element (k, column) is at from + k * stride + column * column_stride.
+inline void pack(const float* from, int64_t stride, int64_t column_stride, int64_t count, int64_t n, float* to) {
+  if (column_stride == 1) {  // whole rows, in the order of memory
+    for (int64_t k = 0; k < count; ++k, from += stride)
       for (int64_t lane = 0; lane < n; lane += kBlock) {
         const int64_t width = panel_width(n, lane);
         for (int64_t j = 0; j < width; j += kLanes) {
-          fetch(from + lane + j + kAhead);
+          prefetch(from + lane + j + kAhead);
           store(to + lane * count + k * width + j, load_part(from + lane + j, n - lane - j));
         }
       }
@@ -144,13 +145,13 @@ inline void pack(const float* from, int64_t step, int64_t column_step, int64_t c
   }
   for (int64_t lane = 0; lane < n; lane += kBlock) {
     const int64_t width = panel_width(n, lane), filled = n - lane < width ? n - lane : width;
-    const float* source = from + lane * column_step;
-    if (step == 1) {
-      transpose_into(source, column_step, filled, count, to + lane * count, width, width);
+    const float* source = from + lane * column_stride;
+    if (stride == 1) {
+      transpose_into(source, column_stride, filled, count, to + lane * count, width, width);
     } else {
       for (int64_t k = 0; k < count; ++k)
         for (int64_t i = 0; i < width; ++i)
-          to[lane * count + k * width + i] = i < filled ? source[k * step + i * column_step] : 0;
+          to[lane * count + k * width + i] = i < filled ? source[k * stride + i * column_stride] : 0;
     }
   }
 }

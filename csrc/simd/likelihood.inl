@@ -1,5 +1,5 @@
-// Likelihoods of vectors of points, the formulas of vamoh/ops/likelihood.py. Needs simd.inl and likelihood.h. Included
-// by the kernels, once per instruction set.
+// Likelihoods of vectors of points, the formulas of vamoh/ops/likelihood.py. Needs vectors.inl and likelihood.h.
+// Included by the kernels, once per instruction set.
 
 using vamoh::Channel;
 using vamoh::PointLikelihood;

@@ -1,5 +1,5 @@
-// Points in panels: W consecutive points side by side, dimension after dimension, so that one vector holds one
-// dimension of several points. Included by the kernels, once per instruction set.
+// Points of a cloud in panels: W consecutive points side by side, dimension after dimension, so that one vector holds
+// one dimension of several points. Included by the kernels, once per instruction set, with kVectors vectors to a panel.
 
 template <class T>
 struct Vector {
@@ -7,13 +7,19 @@ struct Vector {
   static constexpr int lanes = kVectorBytes / sizeof(T);
 };
 
-// Dimensions summed between two looks at whether a panel can still matter: squared distances only grow.
-constexpr int64_t kDimsPerLook = 32;
+template <class T>
+constexpr int64_t panel_width() {
+  return kVectors * Vector<T>::lanes;
+}
+
+// Dimensions summed between two tests whether a panel can still matter: squared distances only grow.
+constexpr int64_t kDimsPerTest = 32;
 
 // Fills panels [ceil(n / W), dims, W] with the n rows `index` of coords [*, dims], or its first n rows if index is
 // null. Lanes beyond n repeat the last point.
-template <class T, int W>
+template <class T>
 void pack_panels(const T* coords, const int64_t* index, int64_t n, int64_t dims, T* panels) {
+  constexpr int64_t W = panel_width<T>();
   for (int64_t first = 0; first < n; first += W, panels += dims * W)
     for (int64_t lane = 0; lane < W; ++lane) {
       const int64_t i = first + lane < n ? first + lane : n - 1;

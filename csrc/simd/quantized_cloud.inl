@@ -1,28 +1,31 @@
-// The work on points as codes, see coded_cloud.h. Included by the kernels, once per instruction set, after panels.inl.
+// Distances of quantized points, see quantized_cloud.h. Needs cloud.inl. Included by the kernels, once per instruction
+// set.
 
-#include "simd.inl"
+#include "vectors.inl"
 
-using vamoh::CodedCloud;
 using vamoh::kFarthest;
 using vamoh::kNoPoint;
+using vamoh::QuantizedCloud;
 
-constexpr int kCodeLanes = kVectorBytes / 4;
-typedef int32_t Codes __attribute__((vector_size(kVectorBytes), may_alias));  // four to a lane
+constexpr int kQuantizedLanes = kVectorBytes / 4;
+typedef int32_t Quantized __attribute__((vector_size(kVectorBytes), may_alias));  // four to a lane
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes), may_alias));
-constexpr int kExactRows = kLanes;  // points whose exact distances are computed side by side
+constexpr int kQuantizedWidth = kVectors * kQuantizedLanes;  // points per panel
+constexpr int kExactRows = kLanes;                           // points whose exact distances are computed side by side
 
-// sum and the products of a's and b's codes, lane by lane. With AVX-512 the CPU must have VNNI, see `has_vnni`.
-inline __attribute__((always_inline)) Codes add_products(Codes sum, Codes a, Codes b) {
+// sum and the products of a's and b's bytes, lane by lane. With AVX-512 the CPU must have VNNI, see
+// `with_byte_products`.
+inline __attribute__((always_inline)) Quantized add_products(Quantized sum, Quantized a, Quantized b) {
 #if VAMOH_VECTOR_BITS == 512
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 #elif VAMOH_VECTOR_BITS == 256
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-  return sum + (Codes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return sum + (Quantized)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
   const Halves pairs = ((Halves)a & 0xff) * ((Halves)b & 0xff) + ((Halves)a >> 8) * ((Halves)b >> 8);
-  return sum + ((Codes)pairs & 0xffff) + (Codes)((Words)pairs >> 16);
+  return sum + ((Quantized)pairs & 0xffff) + (Quantized)((Words)pairs >> 16);
 #endif
 }
 
@@ -53,10 +56,10 @@ bool extend_range(const T* row, int64_t dims, T most, T& low, T& high) {
   return fits;
 }
 
-// Codes of a row [ceil(dims / 4)], 0 beyond the last dimension; returns the sum of their squares.
+// Quantizes a row [ceil(dims / 4)], 0 beyond the last dimension; returns the sum of squares.
 template <class T>
-int32_t encode(const T* row, int64_t dims, T low, T step, int32_t* codes) {
-  uint8_t* const out = reinterpret_cast<uint8_t*>(codes);
+int32_t quantize(const T* row, int64_t dims, T low, T step, int32_t* quantized) {
+  uint8_t* const out = reinterpret_cast<uint8_t*>(quantized);
   const T inverse = 1 / step;
   int32_t square = 0;
   for (int64_t d = 0; d < dims; ++d) {
@@ -68,22 +71,24 @@ int32_t encode(const T* row, int64_t dims, T low, T step, int32_t* codes) {
   return square;
 }
 
-// Fills codes and squares of a cloud, W points to a panel.
-template <class T, int W>
-void pack_codes(const CodedCloud<T>& cloud, int32_t* row, int32_t* codes, int32_t* squares) {
+// Fills quantized points and squares of a cloud, W points to a panel.
+template <class T>
+void pack_quantized(const QuantizedCloud<T>& cloud, int32_t* row, int32_t* quantized, int32_t* squares) {
+  constexpr int W = kQuantizedWidth;
   const int64_t groups = cloud.groups;
   for (int64_t i = 0; i < (cloud.n + W - 1) / W * W; ++i) {
-    int32_t* const out = codes + i / W * W * groups + i % W;
+    int32_t* const out = quantized + i / W * W * groups + i % W;
     const bool beyond = i >= cloud.n;
-    squares[i] =
-        beyond ? kNoPoint : encode(cloud.coords + cloud.index[i] * cloud.dims, cloud.dims, cloud.low, cloud.step, row);
+    squares[i] = beyond ? kNoPoint
+                        : quantize(cloud.coords + cloud.index[i] * cloud.dims, cloud.dims, cloud.low, cloud.step, row);
     for (int64_t g = 0; g < groups; ++g) out[g * W] = beyond ? 0 : row[g];
   }
 }
 
-// How far codes may be apart, squared, where the squared distance of points, computed with rounding, is at most `near`.
+// How far quantized points may be apart, squared, where the squared distance of points, computed with rounding, is at
+// most `near`.
 template <class T>
-int32_t reach(const CodedCloud<T>& cloud, T near) {
+int32_t reach(const QuantizedCloud<T>& cloud, T near) {
   const double rounding = 1 + 2e-7 * static_cast<double>(cloud.dims + 8);
   const double most = (__builtin_sqrt(near) * rounding + cloud.slack) / cloud.step;
   return most * most < kFarthest ? static_cast<int32_t>(most * most) + 1 : kFarthest;
@@ -91,7 +96,7 @@ int32_t reach(const CodedCloud<T>& cloud, T near) {
 
 // Squared distances of the candidates at `positions` [count <= kExactRows] from a query, summed as panels sum them.
 template <class T>
-void exact_distances(const CodedCloud<T>& cloud, const int64_t* positions, int64_t count, const T* query,
+void exact_distances(const QuantizedCloud<T>& cloud, const int64_t* positions, int64_t count, const T* query,
                      T* distances) {
   const T* rows[kExactRows];
   for (int64_t r = 0; r < kExactRows; ++r)

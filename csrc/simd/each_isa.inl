@@ -55,3 +55,13 @@ constexpr int kVectorBytes = 16;
 #undef VAMOH_VECTOR_BITS
 }  // namespace portable
 }  // namespace
+
+// What the file calls f, compiled for an instruction set of those that the CPU has: VAMOH_DISPATCH(isa, f<T>)(x, n).
+#if VAMOH_X86
+#define VAMOH_DISPATCH(isa, ...)                     \
+  ((isa) == vamoh::Isa::avx512 ? avx512::__VA_ARGS__ \
+   : (isa) == vamoh::Isa::avx2 ? avx2::__VA_ARGS__   \
+                               : portable::__VA_ARGS__)
+#else
+#define VAMOH_DISPATCH(isa, ...) ((void)(isa), portable::__VA_ARGS__)
+#endif
