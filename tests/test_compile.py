@@ -76,7 +76,7 @@ def test_any_batch_and_new_points_every_step():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"neighbor_metric": "raw", "weight_net_slope": 0.2, "prior": "normal"},
+        pytest.param({"neighbor_metric": "raw", "weight_net_slope": 0.2, "prior": "normal"}, marks=pytest.mark.slow),
         {"learn_frequencies": True, "pool_centroids": (8,), "pool_neighbors": (3,), "likelihood": "bernoulli"},
     ],
 )

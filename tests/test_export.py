@@ -123,7 +123,9 @@ def decoded(model: VaMoH, z: Tensor, coords: Tensor) -> tuple[Tensor, ...]:
     return tuple(vars(model.decode(z, coords)).values())
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name", ["logistic", *(pytest.param(name, marks=pytest.mark.slow) for name in DECODERS if name != "logistic")]
+)
 def test_decoder(name, tmp_path):
     model, exported = decoder(name)
     program, dtype = reloaded(exported, tmp_path), model.encoder.head.weight.dtype
@@ -147,7 +149,9 @@ def test_decoder_runs_without_vamoh(tmp_path):
     agree_decoded(torch.load(tmp_path / "outputs.pt"), model, z, coords)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    "name", ["encoded", "fixed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raw", "pooled"))]
+)
 def test_encoder(name, tmp_path):
     model = build(name, ENCODERS)
     program, dtype = reloaded(export_encoder(model), tmp_path), model.encoder.head.weight.dtype

@@ -141,7 +141,9 @@ def test_nothing_solid_leaves_the_outline_of_the_floor() -> None:
     assert np.argwhere((picture < 1).any(-1))[:, 0].min() > 30
 
 
-@pytest.mark.parametrize("look, shape", [(IMAGE, (9, 12)), (SPHERE, (7, 12)), (VOXELS, (6, 6, 6))])
+@pytest.mark.parametrize(
+    "look, shape", [(IMAGE, (9, 12)), (SPHERE, (7, 12)), pytest.param(VOXELS, (6, 6, 6), marks=pytest.mark.slow)]
+)
 def test_sheets_and_strips_are_drawn(tmp_path: Path, look: Look, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     values, index = rng.random((5, *shape, 1)), rng.integers(0, 3, (5, *shape))

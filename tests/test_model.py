@@ -731,7 +731,7 @@ def test_learned_scale_gets_a_gradient():
     assert model.likelihood.raw_scale.grad.shape == (3, 1) and model.likelihood.raw_scale.grad.all()
 
 
-@pytest.mark.parametrize("how", ["counter", "tensor"])
+@pytest.mark.parametrize("how", ["counter", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(how):
     model, points = build(), grid()
     noise, hoods = model.draw_noise(3, generator=seeded()), model.neighborhoods(points)

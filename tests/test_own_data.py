@@ -124,6 +124,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_data_may_move_and_need_not_be_there_to_sample(
     run: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,7 +49,11 @@ def tiny(name: str) -> Any:
     return replace(config, model=model, train=replace(config.train, steps=2, batch_size=4))
 
 
-@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=pytest.mark.slow) if path.name == "export.md" else path for path in DOCS],
+    ids=lambda path: path.name,
+)
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "digits", tiny("digits"))

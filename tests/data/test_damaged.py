@@ -37,7 +37,7 @@ def test_damage_is_named_or_harmless(tmp_path: Path, kind: str, seed: int) -> No
     open_damaged(tmp_path, kind, mutate(WHOLE[kind], np.random.default_rng(seed)))
 
 
-@pytest.mark.parametrize("kind", ["netcdf 3", "netcdf 4"])
+@pytest.mark.parametrize("kind", [pytest.param("netcdf 3", marks=pytest.mark.slow), "netcdf 4"])
 def test_damage_to_netcdf(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("netCDF4")
     whole = kinds()[kind][2]()

@@ -337,7 +337,9 @@ class TestNetcdf:
 
     @pytest.mark.parametrize("scale", [np.int32(2), np.float32(0.25), np.float64(0.01), "0.5", "2.0f"])
     @pytest.mark.parametrize("offset", [np.int16(3), np.float64(273.15)])
-    @pytest.mark.parametrize("dtype", ["i2", "f4", "f8", "i1"])
+    @pytest.mark.parametrize(
+        "dtype", ["i2", "f4", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("f8", "i1"))]
+    )
     def test_numbers_are_scaled_whatever_the_types(self, scale: Any, offset: Any, dtype: str) -> None:
         stored = (self.packed // 8).astype(dtype)
         data = self.write(stored, {"scale_factor": scale, "add_offset": offset})

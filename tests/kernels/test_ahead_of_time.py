@@ -139,6 +139,7 @@ def flow(batch, samples, latent, layers):
 """
 
 
+@pytest.mark.slow
 def test_point_dropout_compiles_every_kernel_once(tmp_path):
     """Steps of `climate` with other numbers of points, odd ones and multiples of 16."""
     script = (

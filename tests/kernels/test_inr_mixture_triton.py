@@ -41,12 +41,12 @@ SIZES = [
     ((1, 1, 1, (2, 4, 1)), "shared"),
     ((2, 1, 5, (3, 7, 2)), "own"),
     ((1, 3, 37, (6, 5, 5, 2)), "mirrored"),
-    ((2, 2, 21, (8, 5, 5, 3)), "own"),
+    pytest.param((2, 2, 21, (8, 5, 5, 3)), "own", marks=pytest.mark.slow),
     ((1, 2, 70, (36, 17, 17, 1)), "mirrored"),
     ((1, 1, 65, (10, 32, 32, 32, 3)), "shared"),
     ((1, 1, 33, (6, 64, 64, 17)), "mirrored"),
     ((1, 1, 20, (4, 128, 128, 3)), "shared"),
-    ((1, 1, 9, (2, 256, 1)), "mirrored"),
+    pytest.param((1, 1, 9, (2, 256, 1)), "mirrored", marks=pytest.mark.slow),
 ]  # B, K, N, widths
 
 

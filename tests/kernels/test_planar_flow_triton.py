@@ -33,7 +33,7 @@ SIZES = [  # S, B, Z, T: around whole tiles, powers of two and shares
     (1, 1, 1, 1),
     (1, 3, 2, 2),
     (16, 5, 16, 3),
-    (65, 2, 4, 6),
+    pytest.param((65, 2, 4, 6), marks=pytest.mark.slow),
     pytest.param((37, 2, 33, 13), marks=pytest.mark.slow),
     pytest.param((300, 1, 18, 5), marks=pytest.mark.slow),
     (9, 2, 130, 4),
