@@ -151,7 +151,7 @@ def farthest_point_sample_by_table(batch: int, points: int, table: int, samples:
 
 
 def knn_by_table(batch: int, points: int, queries: int, table: int, neighbors: int) -> Count:
-    """A look into the table of every query for each point: a subtraction of places and a comparison."""
+    """A look into the table of every query for each point: a subtraction of cells and a comparison."""
     return Count(2 * batch * queries * points, FLOAT * table + batch * INDEX * (points + queries * (1 + neighbors)))
 
 

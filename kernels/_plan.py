@@ -26,7 +26,7 @@ class Device:
     name: str = ""
 
     def programs(self, registers: int, warps: int) -> int:
-        """As many programs of so many registers per thread as have registers."""
+        """Programs that fit on the device at once, by their registers per thread."""
         return self.multiprocessors * max(1, 65536 // (registers * 32 * warps))
 
 
@@ -72,10 +72,10 @@ def splits(items: int, tiles: int, programs: int, size: int) -> int:
     for shares in range(1, min(tiles, 4 * programs) + 1):
         if shares > 1 and shares * items * size > MOST_PARTIAL:
             break
-        each = up(tiles, shares)
-        if up(tiles, each) != shares:
+        each = ceil_div(tiles, shares)
+        if ceil_div(tiles, each) != shares:
             continue
-        busy = items * tiles / (programs * up(items * shares, programs) * each)
+        busy = items * tiles / (programs * ceil_div(items * shares, programs) * each)
         if busy > most + 0.02:
             best, most = shares, busy
         if busy >= 0.9:
@@ -88,6 +88,6 @@ def power(width: int, least: int = 1) -> int:
     return max(least, 1 << (width - 1).bit_length()) if width else least
 
 
-def up(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

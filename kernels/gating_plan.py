@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ._plan import Device, power, splits, up
+from ._plan import Device, ceil_div, power, splits
 
 REGISTERS = 255
 """Registers per thread that the compiler may use: all there are, or it spills some to fit more warps."""
@@ -65,8 +65,8 @@ def plan(op: str, batch: int, points: int, widths: Sequence[int], precision: str
     training = op == "gating_backward"
     rows, most, inputs, warps, stages = blocks(training, precision, device.capability)
     outputs = tuple(min(most, power(width, 16)) for width in widths)
-    padded = tuple(up(width, block) * block for width, block in zip(widths, outputs, strict=True))
-    tiles = up(points, rows)
+    padded = tuple(ceil_div(width, block) * block for width, block in zip(widths, outputs, strict=True))
+    tiles = ceil_div(points, rows)
     programs = device.programs(REGISTERS, warps)
     if training:
         groups, shares = _cut(tiles, batch, programs)
@@ -91,16 +91,16 @@ def plan(op: str, batch: int, points: int, widths: Sequence[int], precision: str
 
 def kl_splits(batch: int, points: int, device: Device) -> int:
     """Shares of the points of a function."""
-    return splits(batch, up(points, KL_POINTS), 8 * device.multiprocessors, 4)
+    return splits(batch, ceil_div(points, KL_POINTS), 8 * device.multiprocessors, 4)
 
 
 def _cut(tiles: int, batch: int, programs: int) -> tuple[int, int]:
     """Groups of tiles and shares of functions, none empty, that take the least time; the fewest shares of the best."""
     best, least = (1, 1), tiles * batch + 1
     for wanted in range(1, min(batch, programs) + 1):
-        each = up(batch, wanted)
-        shares = up(batch, each)
-        long = up(tiles, min(tiles, programs // shares))
+        each = ceil_div(batch, wanted)
+        shares = ceil_div(batch, each)
+        long = ceil_div(tiles, min(tiles, programs // shares))
         if long * each < least:
-            best, least = (up(tiles, long), shares), long * each
+            best, least = (ceil_div(tiles, long), shares), long * each
     return best

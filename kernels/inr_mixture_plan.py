@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._plan import Device, measured, power, splits, up
+from ._plan import Device, ceil_div, measured, power, splits
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 OPS = ("log_likelihood", "outputs", "mean", "expected", "outputs_backward")
@@ -111,13 +111,13 @@ def plan(
     width, layers, channels = widths[1], len(widths) - 2, power(widths[-1], 16)
     outputs = min(most, power(width, 16))
     inputs = min(inputs, outputs)
-    hidden = up(width, outputs) * outputs
+    hidden = ceil_div(width, outputs) * outputs
     programs = device.programs(REGISTERS, warps)
     per_block = rows // 2 if mirrored else rows
-    count = up(points, per_block)
+    count = ceil_div(points, per_block)
     if not training:
         groups = 1 if op == "mean" else min(components, max(1, programs // max(1, count * batch)))
-        groups = up(components, up(components, groups)) if components else 1
+        groups = ceil_div(components, ceil_div(components, groups)) if components else 1
         items = count * batch * groups
         scratch = 2 * rows * hidden
         return Plan(
@@ -140,7 +140,7 @@ def plan(
         if not most_tile and programs * _train_scratch(2 * tile, layers, hidden, channels) * 4 > MOST_SCRATCH:
             break
         tile *= 2
-    tiles = up(points, per_block * (tile // rows))
+    tiles = ceil_div(points, per_block * (tile // rows))
     pairs = batch * components
     parameters = sum(a * b + b for a, b in zip(widths, widths[1:]))  # noqa: B905
     shares = splits(pairs, tiles, programs, 4 * parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._plan import Device, measured, power, splits, up
+from ._plan import Device, ceil_div, measured, power, splits
 
 OPS = ("log_prob", "sample", "value", "expected", "backward")
 """value is the expected log-density alone, expected that with gradients, backward the gradients of log_prob."""
@@ -59,7 +59,7 @@ def model(samples: int, batch: int, width: int, device: Device) -> Blocks:
     """Tiles of a few thousand values, fewer where they would leave multiprocessors idle."""
     values = 4096 if width > 256 else 2048
     rows = min(MOST_ROWS, max(1, values // width), power(samples))
-    while rows > FEWEST_ROWS and batch * up(samples, rows) < 2 * device.multiprocessors:
+    while rows > FEWEST_ROWS and batch * ceil_div(samples, rows) < 2 * device.multiprocessors:
         rows //= 2
     return Blocks(rows, min(8, max(1, rows * width // 512)))
 
@@ -80,7 +80,7 @@ def plan(
         blocks = model(samples, batch, width, device) if known is None else Blocks(**known)
     rows, warps = blocks
     programs = device.programs(REGISTERS[kernel], warps)
-    tiles = up(samples, rows)
+    tiles = ceil_div(samples, rows)
     partial = 4 * (2 * layers * latent + 2 * layers + 4 * latent) if kernel == "train" else 0
     shares = splits(batch, tiles, programs, partial)
     scratch = layers * (4 + (3 * rows if kernel == "train" else 0))

@@ -101,8 +101,8 @@ def geometry(
 
     Without a search there are no neighborhoods, unless mirrored no mirror. What one function gets never depends on
     which points the others observe, nor on where the others' are. Everything is remembered in `cache`, for coordinates
-    and masks that come again; but features that need a gradient are computed anew, as all is under torch.compile, where
-    the search is one step of the graph and there is no mirror.
+    and masks that are used again; but features that need a gradient are computed anew, as all is under torch.compile,
+    where the search is one step of the graph and there is no mirror.
 
     Raises ValueError for a function with too few observed points.
     """
@@ -147,7 +147,7 @@ def copy_to_device(
     """Copies of coords [..., N, D] and mask [..., N] from host memory in that of the frequencies.
 
     The mirror and the lattice are found here, in host memory: reading the copies would wait for the device. again: the
-    same coordinates will come again; they have one copy then. Otherwise there is no mirror.
+    same coordinates will be used again; they have one copy then. Otherwise there is no mirror.
     """
 
     def copy() -> tuple[Tensor, Tensor | None]:

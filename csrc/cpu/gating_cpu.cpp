@@ -53,13 +53,13 @@ void add_parts(const float* parts, int64_t count, int64_t size, float* out) {
     for (int64_t j = 0; j < size; ++j) out[j] += parts[i * size + j];
 }
 
-struct Layout {
+struct NetLayout {
   std::vector<const float*> weights, biases;
   std::vector<int64_t> inputs_at, grads_at;
   GatingTile tile;
   int64_t parameters;  // how many
 
-  explicit Layout(const GatingNet& net) {
+  explicit NetLayout(const GatingNet& net) {
     const auto layers = static_cast<int64_t>(net.widths.size()) - 1;
     int64_t at = 0;
     const auto rows = [&](int64_t n) { return std::exchange(at, at + n * kTile); };
@@ -88,7 +88,7 @@ struct Layout {
             spare_at,
             at};
   }
-  Layout(const Layout&) = delete;
+  NetLayout(const NetLayout&) = delete;
 };
 
 // The work is cut into items: some functions times some tiles of points. Coordinates shared by the functions need their
@@ -106,7 +106,7 @@ struct Items {
 }  // namespace
 
 void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
-  const Layout layout(net);
+  const NetLayout layout(net);
   const Items items(net);
   const int64_t hidden = net.widths[0], components = net.widths.back(), count = net.count;
   const int64_t scratch = layout.tile.slot + hidden * kTile;
@@ -131,7 +131,7 @@ void gating(const GatingNet& net, float* log_p, int threads, Isa isa) {
 
 void gating_backward(const GatingNet& net, const float* log_p, const float* grad, const GatingGrads& grads, int threads,
                      Isa isa) {
-  const Layout layout(net);
+  const NetLayout layout(net);
   const Items items(net);
   const GatingTile& tile = layout.tile;
   const int64_t hidden = net.widths[0], components = net.widths.back(), count = net.count;

@@ -118,9 +118,9 @@ struct Item {
 };
 
 // How one call is carried out: order of the points, sizes of items and tiles, copies of features and first layers.
-class Plan {
+class MixturePlan {
  public:
-  Plan(const InrMixture& mixture, bool gradients, int threads, Isa isa)
+  MixturePlan(const InrMixture& mixture, bool gradients, int threads, Isa isa)
       : isa(isa),
         mixture(mixture),
         channels(mixture.widths[mixture.depth]),
@@ -350,7 +350,7 @@ std::vector<Channel> channels_of(const InrMixture& mixture, const PointLikelihoo
 }  // namespace
 
 void inr_mixture(const InrMixture& mixture, float* outputs, int threads, Isa isa) {
-  const Plan plan(mixture, false, threads, isa);
+  const MixturePlan plan(mixture, false, threads, isa);
   const int64_t channels = plan.channels;
   plan.for_each_item([&](const Item& item, int worker) {
     const Nets nets = plan.parameters(item.net, item.count, worker);
@@ -370,7 +370,7 @@ void inr_mixture(const InrMixture& mixture, float* outputs, int threads, Isa isa
 
 void inr_mixture_backward(const InrMixture& mixture, const float* grad_outputs, float* grad_theta, int threads,
                           Isa isa) {
-  const Plan plan(mixture, true, threads, isa);
+  const MixturePlan plan(mixture, true, threads, isa);
   const int64_t channels = plan.channels;
   plan.for_each_item([&](const Item& item, int worker) {
     const Nets nets = plan.parameters(item.net, item.count, worker);
@@ -394,7 +394,7 @@ void inr_mixture_backward(const InrMixture& mixture, const float* grad_outputs, 
 
 void inr_mixture_log_likelihood(const InrMixture& mixture, const PointLikelihood& likelihood, const float* values,
                                 float* log_p, int threads, Isa isa) {
-  const Plan plan(mixture, false, threads, isa);
+  const MixturePlan plan(mixture, false, threads, isa);
   const int64_t components = mixture.components, channels = plan.channels;
   const std::vector<Channel> channel = channels_of(mixture, likelihood);
   if (mixture.mask) std::fill_n(log_p, plan.nets * mixture.points, 0.0f);
@@ -423,7 +423,7 @@ void inr_mixture_log_likelihood(const InrMixture& mixture, const PointLikelihood
 void inr_mixture_expected_log_likelihood(const InrMixture& mixture, const PointLikelihood& likelihood,
                                          const float* values, const float* weights, float* value, float* log_p,
                                          float* grad_theta, float* grad_scale, int threads, Isa isa) {
-  const Plan plan(mixture, true, threads, isa);
+  const MixturePlan plan(mixture, true, threads, isa);
   const int64_t components = mixture.components, channels = plan.channels;
   const std::vector<Channel> channel = channels_of(mixture, likelihood);
   if (mixture.mask) std::fill_n(log_p, plan.nets * mixture.points, 0.0f);
@@ -464,7 +464,7 @@ void inr_mixture_expected_log_likelihood(const InrMixture& mixture, const PointL
 
 void inr_mixture_mean(const InrMixture& mixture, const PointLikelihood& likelihood, const float* log_pi, bool uniform,
                       float* mean, float* mean_map, int threads, Isa isa) {
-  const Plan plan(mixture, false, threads, isa);
+  const MixturePlan plan(mixture, false, threads, isa);
   const int64_t components = mixture.components, channels = plan.channels;
   const int64_t size = 2 * plan.tile * kPanel;  // points of a tile and their mirror points
   const Buffer<float> scratch = allocate<float>(std::max(threads, 1) * size * (2 * channels + 1));

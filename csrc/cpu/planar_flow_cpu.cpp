@@ -28,8 +28,8 @@ struct Panel {
   float *x, *y, *e, *h;
 };
 
-// Sums over samples, one vector per row.
-struct Sums {
+// SampleSums over samples, one vector per row.
+struct SampleSums {
   float *negative, *h;        // [T]: weight of the samples on the negative side; h
   float *y, *square, *along;  // [Z]: y, y^2 and x y, weighted
 };
@@ -66,10 +66,10 @@ struct Prepared {
   double constant;  // of the log-density
 };
 
-// Sums of one task over its samples.
-struct Layout {
+// SampleSums of one task over its samples.
+struct SumsLayout {
   int64_t hx, ey, he, negative, h, y, square, along, size;
-  Layout(int64_t T, int64_t Z)
+  SumsLayout(int64_t T, int64_t Z)
       : hx(0),
         ey(T * Z),
         he(2 * T * Z),
@@ -132,7 +132,7 @@ struct Worker {
   int64_t rows, stride, group;
   Buffer<float> panels, weight, w, b, scale, shift, inputs, vectors, product;
   Panel panel;
-  Sums sums;
+  SampleSums sums;
 
   Worker(const Prepared& p, Isa isa)
       : isa(isa),
@@ -195,11 +195,11 @@ struct Worker {
     for (int64_t i = 0; i < kWidth; ++i) weight[i] = i >= count ? 0.0f : weights ? weights[i] : 1.0f;
   }
 
-  // Sums over `samples` samples into out. fill(first, count, x) makes panels, weights is [samples] or null: ones,
+  // SampleSums over `samples` samples into out. fill(first, count, x) makes panels, weights is [samples] or null: ones,
   // finish(first, count, panel) sees every panel.
   template <class Fill, class Finish>
-  void accumulate(const Layout& layout, int64_t samples, const float* weights, bool all, float* out, const Fill& fill,
-                  const Finish& finish) {
+  void accumulate(const SumsLayout& layout, int64_t samples, const float* weights, bool all, float* out,
+                  const Fill& fill, const Finish& finish) {
     const int64_t T = layers.layers, Z = layers.latent;
     std::fill_n(out, layout.size, 0.0f);
     std::fill_n(vectors.get(), (2 * T + 3 * Z) * kMostLanes, 0.0f);
@@ -239,7 +239,7 @@ void add_up(const float* partial, int64_t count, int64_t size, float* out) {
 
 // Gradients of the parameters from the sums, times `factor`. n: sum of the weights; mean, std: of the samples or null.
 // product [T, width] is scratch.
-void parameter_gradients(Isa isa, const Prepared& p, const Layout& layout, float* sums, double n, double factor,
+void parameter_gradients(Isa isa, const Prepared& p, const SumsLayout& layout, float* sums, double n, double factor,
                          const float* mean, const float* std, float* product, const PlanarFlowGradient& out) {
   const int64_t T = p.layers, Z = p.latent, width = p.width;
   float* he = sums + layout.he;
@@ -322,7 +322,7 @@ void planar_flow_log_prob_backward(const PlanarFlow& flow, const float* z, const
                                    const PlanarFlowGradient& gradient, int64_t samples, int threads, Isa isa) {
   const Prepared p = prepare(flow, isa);
   const int64_t Z = flow.latent, chunk = samples_per_task(samples), tasks = ceil_div(samples, chunk);
-  const Layout layout(flow.layers, Z);
+  const SumsLayout layout(flow.layers, Z);
   const Buffer<float> partial = allocate<float>((tasks + 1) * layout.size);
   std::vector<Worker> workers;
   for (int i = 0; i < std::max(threads, 1); ++i) workers.emplace_back(p, isa).sample_from(flow, p, nullptr, nullptr);
@@ -354,7 +354,7 @@ void planar_flow_expected_log_prob(const PlanarFlow& flow, const float* mean, co
   const Prepared p = prepare(flow, isa);
   const int64_t T = flow.layers, Z = flow.latent, chunk = samples_per_task(samples), tasks = ceil_div(samples, chunk);
   const bool differentiate = gradient.loc || grad_mean;
-  Layout layout(T, Z);
+  SumsLayout layout(T, Z);
   if (!differentiate) layout.size = 1;
   const int64_t bytes = (tasks + 1) * layout.size * 4;
   const int64_t together = std::min(batch, std::max<int64_t>(kPartialBytes / bytes, 1));

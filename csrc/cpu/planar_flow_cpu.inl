@@ -4,7 +4,7 @@
 
 using vamoh::Layers;
 using vamoh::Panel;
-using vamoh::Sums;
+using vamoh::SampleSums;
 using vamoh::View;
 
 template <int R>
@@ -34,7 +34,7 @@ inline __attribute__((always_inline)) void solve_rows(const Layers& f, const Vie
 
 template <int R>
 inline __attribute__((always_inline)) void solve_back_rows(const Layers& f, const float* weight, const Panel& p,
-                                                           const Sums& sums, int64_t t) {
+                                                           const SampleSums& sums, int64_t t) {
   const int64_t T = f.layers, Z = f.latent;
   for (int lane = 0; lane < kPanel; lane += kBlock) {
     Accumulators<R> grad = {};
@@ -90,7 +90,7 @@ inline __attribute__((always_inline)) void forward_rows(const Layers& f, const V
 // y = view of x + u^T e, times the weight of its sample.
 template <int R>
 inline __attribute__((always_inline)) void base_rows(const Layers& f, const View& view, const float* weight,
-                                                     const Panel& p, const Sums& sums, int64_t z) {
+                                                     const Panel& p, const SampleSums& sums, int64_t z) {
   for (int lane = 0; lane < kPanel; lane += kBlock) {
     Accumulators<R> y;
 #pragma GCC unroll 8
@@ -147,13 +147,13 @@ inline void solve(const Layers& f, const View& view, const Panel& p) {
   VAMOH_LAST_ROWS(solve_rows, t, f, view, p, 0)
 }
 
-inline void solve_back(const Layers& f, const float* weight, const Panel& p, const Sums& sums) {
+inline void solve_back(const Layers& f, const float* weight, const Panel& p, const SampleSums& sums) {
   int64_t t = 0;
   for (; t + kRows <= f.layers; t += kRows) solve_back_rows<kRows>(f, weight, p, sums, t);
   VAMOH_LAST_ROWS(solve_back_rows, f.layers - t, f, weight, p, sums, t)
 }
 
-inline void base(const Layers& f, const View& view, const float* weight, const Panel& p, const Sums& sums) {
+inline void base(const Layers& f, const View& view, const float* weight, const Panel& p, const SampleSums& sums) {
   int64_t z = 0;
   for (; z + kRows <= f.latent; z += kRows) base_rows<kRows>(f, view, weight, p, sums, z);
   VAMOH_LAST_ROWS(base_rows, f.latent - z, f, view, weight, p, sums, z)
@@ -215,7 +215,7 @@ void panel_samples(const Layers& f, const View& view, const Panel& p, const floa
 }
 
 // e, weighted y and h of a panel, and their sums; weight [kPanel].
-void panel_gradients(const Layers& f, const View& view, const float* weight, const Panel& p, const Sums& sums) {
+void panel_gradients(const Layers& f, const View& view, const float* weight, const Panel& p, const SampleSums& sums) {
   solve(f, view, p);
   base(f, view, weight, p, sums);
   solve_back(f, weight, p, sums);

@@ -203,14 +203,14 @@ class Unread(TorchDispatchMode):
 def test_calls_of_the_model_only_enqueue(cuda_on_host):
     points = torch.randn(2, 12, 3)
     mask = torch.arange(24).reshape(2, 12) % 3 != 1
-    places, table = torch.randint(0, 4, (2, 12, 1)), torch.rand(7)
+    cells, table = torch.randint(0, 4, (2, 12, 1)), torch.rand(7)
 
     def calls():
         for m in (None, mask):
             farthest_point_sample(points, 5, m, backend="cuda")
             knn(points, points[:, :4], 5, m, backend="cuda")
-        farthest_point_sample(places, 5, table=table, backend="cuda")
-        neighbors = knn(places, places[:, :4], 5, table=table, backend="cuda")
+        farthest_point_sample(cells, 5, table=table, backend="cuda")
+        neighbors = knn(cells, cells[:, :4], 5, table=table, backend="cuda")
         leaf, linear, bias = points.clone().requires_grad_(), torch.randn(7, 18, requires_grad=True), torch.zeros(6)
         weights = neighbor_difference(torch.randn(2, 12, 6, requires_grad=True), neighbors, neighbors[..., 0], bias)
         out = point_conv(leaf, neighbors, weights, linear, linear[:, 0], 0.2, backend="cuda")
@@ -292,13 +292,13 @@ for batch, points, queries, neighbors, channels, width, outputs in ((1, 1, 1, 1,
         cloud = torch.randn(batch, points, channels, device="cuda", dtype=dtype)
         mask = torch.rand(batch, points, device="cuda") < 0.8
         mask[:, :neighbors] = True
-        places = torch.randint(0, 9, (batch, points, 1), device="cuda")
+        cells = torch.randint(0, 9, (batch, points, 1), device="cuda")
         table = torch.rand(17, device="cuda", dtype=dtype)
         for m in (None, mask):
             farthest_point_sample(cloud, queries, m, backend="cuda")
-            farthest_point_sample(places, queries, m, table=table, backend="cuda")
+            farthest_point_sample(cells, queries, m, table=table, backend="cuda")
             index = knn(cloud, cloud[:, :queries], neighbors, m, backend="cuda")
-            knn(places, places[:, :queries], neighbors, m, table=table, backend="cuda")
+            knn(cells, cells[:, :queries], neighbors, m, table=table, backend="cuda")
     for shared in (True, False):
         at = index[:1] if shared else index
         features, table = (torch.randn(batch, points, n, device="cuda", requires_grad=True) for n in (channels, width))

@@ -87,14 +87,14 @@ def lattice_cloud(batch: int, n: int, half: int = 30) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(generator.integers(0, half + 1, (batch, n, 1))), table
 
 
-def order_by_table(places: list[int], samples: int, table: list[float], mask: list[bool]) -> list[int]:
-    """The definition, one function: places [N]."""
+def order_by_table(cells: list[int], samples: int, table: list[float], mask: list[bool]) -> list[int]:
+    """The definition, one function: cells [N]."""
     left = [i for i, taken in enumerate(mask) if taken]
     if len(left) <= samples:
         return left + [-1] * (samples - len(left))
     taken = [left.pop(0)]
     while len(taken) < samples:
-        gap = {i: min(table[len(table) // 2 + places[i] - places[j]] for j in taken) for i in left}
+        gap = {i: min(table[len(table) // 2 + cells[i] - cells[j]] for j in taken) for i in left}
         taken.append(min(gap, key=lambda i: (-gap[i], i)))
         left.remove(taken[-1])
     return taken
@@ -103,9 +103,9 @@ def order_by_table(places: list[int], samples: int, table: list[float], mask: li
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m"), [(2, 1), (5, 2), (64, 20), (65, 64), (129, 40)])
 def test_table_of_distances(backend, isas, monkeypatch, n, m, dtype):
-    places, table = lattice_cloud(3, n)
+    cells, table = lattice_cloud(3, n)
     mask = torch.from_numpy(np.random.default_rng(2).random((3, n)) < 0.7) | (torch.arange(n) % 3 == 0)
-    clouds = zip(places[..., 0].tolist(), mask.tolist(), strict=True)
+    clouds = zip(cells[..., 0].tolist(), mask.tolist(), strict=True)
     most = min(m, int(mask.sum(1).max()))
     expected = [order_by_table(cloud, m, table.tolist(), kept)[:most] for cloud, kept in clouds]
     for isa in isas if backend == "cpu" else [None]:
@@ -113,10 +113,10 @@ def test_table_of_distances(backend, isas, monkeypatch, n, m, dtype):
             monkeypatch.setenv("VAMOH_ISA", isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            result = farthest_point_sample(places, m, mask, table=table.to(dtype), backend=backend)
+            result = farthest_point_sample(cells, m, mask, table=table.to(dtype), backend=backend)
             assert result.tolist() == expected
-    one = farthest_point_sample(places[1], m, table=table.repeat_interleave(2)[::2], backend=backend)
-    both = farthest_point_sample(places[1:2].expand(2, -1, -1), m, table=table, backend=backend)
+    one = farthest_point_sample(cells[1], m, table=table.repeat_interleave(2)[::2], backend=backend)
+    both = farthest_point_sample(cells[1:2].expand(2, -1, -1), m, table=table, backend=backend)
     assert both.tolist() == [one.tolist()] * 2
 
 
@@ -220,8 +220,8 @@ def test_contract_of_torch_library(host_backend):
     torch.use_deterministic_algorithms(False)
     for m in (None, mask):
         torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (coords, m, 5, None, host_backend))
-    places, table = lattice_cloud(2, 12)
-    torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (places, None, 5, table, host_backend))
+    cells, table = lattice_cloud(2, 12)
+    torch.library.opcheck(torch.ops.vamoh.farthest_point_sample, (cells, None, 5, table, host_backend))
     assert not farthest_point_sample(coords, 5, backend=host_backend).requires_grad
     compiled = torch.compile(farthest_point_sample, fullgraph=True, backend="aot_eager")
     assert torch.equal(

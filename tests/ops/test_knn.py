@@ -78,10 +78,10 @@ def lattice_cloud(batch: int, n: int, half: int = 30, seed: int = 0) -> tuple[Te
     return torch.from_numpy(generator.integers(0, half + 1, (batch, n, 1))), table
 
 
-def by_table(places: Tensor, queries: Tensor, neighbors: int, table: Tensor, mask: Tensor) -> list[list[int]]:
-    """The definition, one function: places [N], queries [M], mask [N]."""
+def by_table(cells: Tensor, queries: Tensor, neighbors: int, table: Tensor, mask: Tensor) -> list[list[int]]:
+    """The definition, one function: cells [N], queries [M], mask [N]."""
     distances, half = table.tolist(), len(table) // 2
-    candidates = [(i, int(places[i])) for i in mask.nonzero()[:, 0].tolist()]
+    candidates = [(i, int(cells[i])) for i in mask.nonzero()[:, 0].tolist()]
     rows = [{i: distances[half + place - q] for i, place in candidates} for q in queries.tolist()]
     return [sorted(row, key=lambda i, row=row: (row[i], i))[:neighbors] for row in rows]
 
@@ -89,52 +89,52 @@ def by_table(places: Tensor, queries: Tensor, neighbors: int, table: Tensor, mas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m", "s"), [(1, 1, 1), (5, 3, 5), (33, 70, 9), (100, 7, 27), (129, 65, 64)])
 def test_table_of_distances(backend, isas, monkeypatch, n, m, s, dtype):
-    places, table = lattice_cloud(3, n)
+    cells, table = lattice_cloud(3, n)
     queries, _ = lattice_cloud(3, m, seed=1)
     mask = torch.from_numpy(np.random.default_rng(2).random((3, n)) < 0.7) | (torch.arange(n) < s)
 
-    clouds = zip(places[..., 0], queries[..., 0], mask, strict=True)
+    clouds = zip(cells[..., 0], queries[..., 0], mask, strict=True)
     expected = [by_table(cloud, query, s, table, kept) for cloud, query, kept in clouds]
     for isa in isas if backend == "cpu" else [None]:
         if isa:
             monkeypatch.setenv("VAMOH_ISA", isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert knn(places, queries, s, mask, table=table.to(dtype), backend=backend).tolist() == expected
-    shared = knn(places[:1].expand(3, -1, -1), queries, s, table=table, backend=backend)
-    assert torch.equal(shared, knn(places[0], queries, s, table=table.repeat_interleave(2)[::2], backend=backend))
+            assert knn(cells, queries, s, mask, table=table.to(dtype), backend=backend).tolist() == expected
+    shared = knn(cells[:1].expand(3, -1, -1), queries, s, table=table, backend=backend)
+    assert torch.equal(shared, knn(cells[0], queries, s, table=table.repeat_interleave(2)[::2], backend=backend))
 
 
 @cache
 def lattice_search(n: int, share: float, s: int, values: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Any]]:
-    """Table, places [2, N], queries [2, M], mask [2, N], and what is to be found."""
+    """Table, cells [2, N], queries [2, M], mask [2, N], and what is to be found."""
     generator = np.random.default_rng([n, s, values])
     table = torch.from_numpy(generator.integers(0, values, 401))
-    places = torch.from_numpy(np.stack([generator.permutation(201)[:n] for _ in range(2)]))
+    cells = torch.from_numpy(np.stack([generator.permutation(201)[:n] for _ in range(2)]))
     queries = torch.from_numpy(generator.integers(0, 201, (2, 150)))
     mask = torch.from_numpy(generator.random((2, n)) < share) | (torch.arange(n) < s)
-    expected = [by_table(*clouds, s, table, kept) for *clouds, kept in zip(places, queries, mask, strict=True)]
-    return table, places, queries, mask, expected
+    expected = [by_table(*clouds, s, table, kept) for *clouds, kept in zip(cells, queries, mask, strict=True)]
+    return table, cells, queries, mask, expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("values", [2, 9, 10**6])  # all but a few distances tie; many; hardly any
 @pytest.mark.parametrize(("n", "share", "s"), [(200, 1.0, 1), (200, 0.5, 9), (60, 0.7, 30), (201, 0.1, 14)])
 def test_cells_in_the_order_of_their_distance(backend, n, share, s, values, dtype):
-    table, places, queries, mask, expected = lattice_search(n, share, s, values)
+    table, cells, queries, mask, expected = lattice_search(n, share, s, values)
     table = table.to(dtype)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        result = knn(places[..., None], queries[..., None], s, mask, table=table, backend=backend)
+        result = knn(cells[..., None], queries[..., None], s, mask, table=table, backend=backend)
         assert result.tolist() == expected
 
 
 def test_a_changed_table_is_noticed(backend):
     """The displacement of the nearest point goes from 0 to 5."""
-    places, distance = torch.arange(100)[:, None], (torch.arange(201) - 100).abs().float()
+    cells, distance = torch.arange(100)[:, None], (torch.arange(201) - 100).abs().float()
 
     def nearest(table: Tensor) -> list[int]:
-        return knn(places, places, 1, table=table, backend=backend)[:, 0].tolist()
+        return knn(cells, cells, 1, table=table, backend=backend)[:, 0].tolist()
 
     shifted = [min(i + 5, 99) for i in range(100)]
     table = distance.clone()
@@ -149,26 +149,26 @@ def test_a_changed_table_is_noticed(backend):
 
 
 def test_one_order_is_remembered_for_every_number_of_points():
-    places, table = torch.arange(400)[:, None], (torch.arange(801) - 400).abs().float()
+    cells, table = torch.arange(400)[:, None], (torch.arange(801) - 400).abs().float()
     kept = set()
     for count in range(400, 40, -7):
-        result = knn(places[:count], places, 2, table=table, backend="cpu")
+        result = knn(cells[:count], cells, 2, table=table, backend="cpu")
         assert result[:, 0].tolist() == [min(i, count - 1) for i in range(400)]
         kept.add(module._ORDERS[table].length)
     assert len(kept) <= 4 and module._ORDERS[table].length == max(kept)
 
 
 def test_table_without_finite_distances(backend):
-    places, table = torch.arange(100)[:, None], torch.full((201,), math.inf)
+    cells, table = torch.arange(100)[:, None], torch.full((201,), math.inf)
     table[100] = math.nan
-    assert knn(places, places, 3, table=table, backend=backend).tolist() == [[0, 1, 2]] * 100
+    assert knn(cells, cells, 3, table=table, backend=backend).tolist() == [[0, 1, 2]] * 100
 
 
 def test_nan_in_a_table_counts_as_largest(backend):
     table = torch.tensor([math.nan, math.inf, 0.0, 2.0, math.nan])
-    places = torch.tensor([[2], [1], [0]])
-    assert knn(places, places[:1], 3, table=table, backend=backend).tolist() == [[0, 1, 2]]
-    assert knn(places, places[2:], 3, table=table, backend=backend).tolist() == [[2, 1, 0]]
+    cells = torch.tensor([[2], [1], [0]])
+    assert knn(cells, cells[:1], 3, table=table, backend=backend).tolist() == [[0, 1, 2]]
+    assert knn(cells, cells[2:], 3, table=table, backend=backend).tolist() == [[2, 1, 0]]
 
 
 def test_grid_ties_go_to_the_lowest_index(backend):
@@ -287,8 +287,8 @@ def test_contract_of_torch_library(host_backend):
     torch.use_deterministic_algorithms(False)
     for m in (None, mask):
         torch.library.opcheck(torch.ops.vamoh.knn, (points, points[:, :4], 5, m, None, host_backend))
-    places, table = lattice_cloud(2, 12)
-    torch.library.opcheck(torch.ops.vamoh.knn, (places, places[:, :4], 5, mask, table, host_backend))
+    cells, table = lattice_cloud(2, 12)
+    torch.library.opcheck(torch.ops.vamoh.knn, (cells, cells[:, :4], 5, mask, table, host_backend))
     compiled = torch.compile(knn, fullgraph=True, backend="aot_eager")
     for m in (None, mask):
         expected = knn(points, points, 5, m, backend=host_backend)

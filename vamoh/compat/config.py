@@ -21,7 +21,7 @@ from vamoh.config import BetaConfig, BoundedLoader, Config, DataConfig, ModelCon
 Status = Literal["mapped", "without effect", "corrected"]
 
 
-class Row(NamedTuple):
+class KeyRow(NamedTuple):
     """What became of a key of the file: its status, and where its value went or why it has no effect."""
 
     key: str
@@ -41,7 +41,7 @@ class Translation:
 
     config: Config
     device: str
-    rows: tuple[Row, ...]
+    rows: tuple[KeyRow, ...]
     coord_dim: int
     channels: int
     steps_per_epoch: int
@@ -362,7 +362,7 @@ def load_reference_config(path: str | os.PathLike[str], overrides: Sequence[str]
         raise ValueError(f"{path}: {error}") from None
 
 
-def translate_config(given: Mapping[str, Any], corrected: Sequence[Row] = ()) -> Translation:
+def translate_config(given: Mapping[str, Any], corrected: Sequence[KeyRow] = ()) -> Translation:
     """Translate values by their dotted keys, as in `DEFAULTS`; raises as `load_reference_config`."""
     values = DEFAULTS | {key: _checked(key, value) for key, value in given.items()}
     keys = _Keys(values)
@@ -384,7 +384,7 @@ def translate_config(given: Mapping[str, Any], corrected: Sequence[Row] = ()) ->
     given_rows = []
     for key in given:
         status: Status = "mapped" if key in keys.ours else "without effect"
-        given_rows.append(Row(key, values[key], status, keys.ours[key] if key in keys.ours else IDLE[key]))
+        given_rows.append(KeyRow(key, values[key], status, keys.ours[key] if key in keys.ours else IDLE[key]))
     return Translation(config, device, (*corrected, *given_rows), source.coord_dim, source.channels, *epochs)
 
 
@@ -411,7 +411,7 @@ def changes(left: Config, right: Config) -> dict[str, Any]:
     return {key: value for key, value in after.items() if value != before[key]}
 
 
-def table(rows: Iterable[Row], instead: Mapping[str, Any] | None = None) -> str:
+def table(rows: Iterable[KeyRow], instead: Mapping[str, Any] | None = None) -> str:
     """Lay out what became of every key; instead: values by our dotted keys that are taken in place of the file's."""
     kept, instead = list(rows), instead or {}
     lines = []
@@ -616,7 +616,7 @@ def _beta(keys: _Keys, part: str, scale: float) -> BetaConfig:
     return BetaConfig(value=weight, schedule=schedules[kind], end=end * scale)  # type: ignore[arg-type]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def _read(path: Path) -> tuple[dict[str, Any], list[KeyRow]]:
     """Content of the file; lines of a section that are not indented as the others are corrected and reported.
 
     Files have two levels, and lists stand on one line, so a wrong indentation leaves no doubt.
@@ -637,7 +637,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
                 if found and found[1] != "  ":
                     lines[i] = f"  {found[2]}{found[3]}"
                     note = f"line {i + 1}: indentation of {found[2]} corrected"
-                    corrected.append(Row(found[2], None, "corrected", note))
+                    corrected.append(KeyRow(found[2], None, "corrected", note))
             try:
                 content = yaml.load("\n".join(lines), Loader=BoundedLoader)
             except yaml.YAMLError:

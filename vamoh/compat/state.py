@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     write: Callable[[Parts], Parts]
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     """Line of the table of a conversion: what became of a tensor of the published code."""
 
     theirs: str
@@ -58,7 +58,7 @@ class Conversion:
 
     model: VaMoH
     epoch: int
-    rows: tuple[Row, ...]
+    rows: tuple[TensorRow, ...]
 
 
 def entries(model: VaMoH) -> Iterator[Entry]:
@@ -111,14 +111,14 @@ def translate(theirs: Mapping[str, Tensor], model: VaMoH) -> dict[str, Tensor]:
     return found
 
 
-def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[Row, ...]:
+def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[TensorRow, ...]:
     """Load a state dict of the published code into `model`; return what became of every tensor.
 
     Raises ValueError, and leaves the model alone, when a tensor is missing, unknown, of another shape or dtype, or a
     repetition that differs from what it repeats.
     """
     lines: list[str] = []
-    rows: list[Row] = []
+    rows: list[TensorRow] = []
     used: set[str] = set()
     wanted = model.state_dict()
     state = dict(wanted)
@@ -130,7 +130,7 @@ def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[Row, ...
             problem = _differs(theirs.get(name), tensor)
             lines += [f"{name} {problem}"] if problem else []
             good &= not problem
-            rows.append(Row(name, "mapped", ", ".join(entry.ours)))
+            rows.append(TensorRow(name, "mapped", ", ".join(entry.ours)))
         if good:
             state.update(zip(entry.ours, entry.read([theirs[name] for name in entry.theirs]), strict=True))
     for name in theirs:
@@ -140,15 +140,15 @@ def from_reference(theirs: Mapping[str, Tensor], model: VaMoH) -> tuple[Row, ...
         if origin != name and origin in theirs:
             if _differs(theirs[name], theirs[origin]) or not torch.equal(theirs[name], theirs[origin]):
                 lines.append(f"{unquoted(name)} repeats {origin} but differs from it")
-            rows.append(Row(name, "derived", f"repeats {origin}"))
+            rows.append(TensorRow(name, "derived", f"repeats {origin}"))
         elif name.startswith((TEMPLATE, COPY)):
-            rows.append(Row(name, "ignored", "a template whose weights are never used"))
+            rows.append(TensorRow(name, "ignored", "a template whose weights are never used"))
         else:
             lines.append(f"{unquoted(name)} is unknown")
     if lines:
         raise ValueError(f"from_reference: the checkpoint does not fit the configuration: {listed(lines)}")
     if model.likelihood.op.kind != "logistic":
-        rows.append(Row("", "derived", "likelihood.raw_scale, which this likelihood does not use"))
+        rows.append(TensorRow("", "derived", "likelihood.raw_scale, which this likelihood does not use"))
     model.load_state_dict(state)
     return tuple(rows)
 
@@ -244,7 +244,7 @@ def convert(path: str | os.PathLike[str], translation: Translation, out: str | o
     model = checkpoint.new_model(config, translation.coord_dim, translation.channels)
     rows = from_reference(content["model_state"], model)
     others = sorted({*content} - {"epoch", "model_state", _PRIORS})
-    rows += tuple(Row(name, "ignored", "not part of the model") for name in others)
+    rows += tuple(TensorRow(name, "ignored", "not part of the model") for name in others)
     epoch = content["epoch"]
     priors = content.get(_PRIORS, {})
     model.use_flow = priors.get("use_flow", epoch >= translation.flow_warmup)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _LEAST = 1 << 22
-"""Bytes from which memory that the system has to clear first costs more than what is written to it."""
+"""Size in bytes above which page faults on fresh memory dominate."""
 
 _FREE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Of every weight, the memory that no gradient uses now: a list of at most one block."""

@@ -8,13 +8,13 @@ from torch import Tensor
 from vamoh._checks import FLOATING, check_tensor, values_readable
 
 POINTS = (*FLOATING, torch.int64)
-"""Dtypes of a cloud: coordinates, or places in a table."""
+"""Dtypes of a cloud: coordinates, or flat cell indices of a lattice."""
 
 
 def check_points(where: str, name: str, value: Tensor, rows: str, table: Tensor | None = None) -> int | None:
     """Check a point cloud [rows, D] or [B, rows, D]; return B, or None if it has no batch.
 
-    With a table of squared distances, check that as well, and that the cloud holds places in it.
+    With a table of squared distances, check that as well, and that the cloud holds cells.
     """
     if isinstance(value, Tensor) and value.dim() not in (2, 3):
         raise ValueError(f"{where}: {name} must have shape [{rows}, D] or [B, {rows}, D], got {list(value.shape)}")
@@ -31,12 +31,12 @@ def check_points(where: str, name: str, value: Tensor, rows: str, table: Tensor 
     return value.shape[0] if value.dim() == 3 else None
 
 
-def check_places(where: str, name: str, places: Tensor, table: Tensor) -> None:
-    """Check that the differences of places lie in the table."""
-    if places.numel() and values_readable(places) and (places.min() < 0 or places.max() > len(table) // 2):
+def check_cells(where: str, name: str, cells: Tensor, table: Tensor) -> None:
+    """Check that the differences of cells lie in the table."""
+    if cells.numel() and values_readable(cells) and (cells.min() < 0 or cells.max() > len(table) // 2):
         raise ValueError(
             f"{where}: {name} must lie between 0 and {len(table) // 2}, half of the table, "
-            f"got {int(places.min())} to {int(places.max())}"
+            f"got {int(cells.min())} to {int(cells.max())}"
         )
 
 
@@ -60,7 +60,7 @@ def squared_distances(points: Tensor, queries: Tensor, table: Tensor | None) -> 
     """Squared distances [..., M, N] between queries [D, ..., M] and points [D, ..., N], dimensions first.
 
     Summed over the dimensions one after another, as the kernels do, so that all backends get the same bits. With a
-    table, those of places in it.
+    table, those of cells.
     """
     if table is not None:
         return table[len(table) // 2 + points[0][..., None, :] - queries[0][..., :, None]]

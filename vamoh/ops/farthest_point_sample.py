@@ -11,7 +11,7 @@ from torch import Tensor
 from vamoh._checks import check_positive, values_readable
 from vamoh.ops._native import items
 from vamoh.ops._op import Op
-from vamoh.ops._points import POINTS, check_mask, check_places, check_points, name_of, squared_distances
+from vamoh.ops._points import POINTS, check_cells, check_mask, check_points, name_of, squared_distances
 
 
 def farthest_point_sample(
@@ -31,11 +31,11 @@ def farthest_point_sample(
     A NaN distance brings no candidate nearer. All backends return the same indices. Not differentiable.
 
     table [T], float32 or float64, T odd: squared distances on a lattice, where they depend on the displacement alone.
-    coords are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to a point q taken is
-    table[T // 2 + p - q]: `vamoh.geometry.Lattice` makes both.
+    coords are then flat cell indices, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to a point q taken
+    is table[T // 2 + p - q]: `vamoh.geometry.Lattice` makes both.
 
-    With a mask, M depends on its values: that breaks the graph of `torch.compile`. Where they cannot be looked at, as
-    in a CUDA graph, M = min(num_samples, N).
+    With a mask, M depends on its values: that breaks the graph of `torch.compile`. Where they cannot be read, as in a
+    CUDA graph, M = min(num_samples, N).
     Raises TypeError or ValueError naming the argument, ValueError for an item without candidates.
     """
     where = "farthest_point_sample"
@@ -87,7 +87,7 @@ def _check_contents(
         name, item = ("coords", "") if mask is None else ("mask", f" in item {counts.index(0)}")
         raise ValueError(f"farthest_point_sample: {name} must leave at least one candidate, got none{item}")
     if table is not None:
-        check_places("farthest_point_sample", "coords", coords, table)
+        check_cells("farthest_point_sample", "coords", coords, table)
     return coords, mask, min(num_samples, max(counts, default=points)), table
 
 

@@ -13,7 +13,7 @@ from vamoh._cache import version
 from vamoh._checks import check_positive, check_tensor, values_readable
 from vamoh.ops._native import items
 from vamoh.ops._op import Op
-from vamoh.ops._points import POINTS, check_mask, check_places, check_points, name_of, squared_distances
+from vamoh.ops._points import POINTS, check_cells, check_mask, check_points, name_of, squared_distances
 
 _CHUNK = 1 << 18
 """Most distances alive at once in the reference."""
@@ -36,8 +36,8 @@ def knn(
     equal and largest. All backends return the same indices. Not differentiable.
 
     table [T], float32 or float64, T odd: squared distances on a lattice, where they depend on the displacement alone.
-    points and queries are then places, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to q is
-    table[T // 2 + p - q]: `vamoh.geometry.Lattice` makes both.
+    points and queries are then flat cell indices, int64 with D = 1 in 0 .. T // 2, and the squared distance of p to q
+    is table[T // 2 + p - q]: `vamoh.geometry.Lattice` makes both.
 
     Raises TypeError or ValueError naming the argument, ValueError for an item with fewer candidates than num_neighbors.
     """
@@ -93,8 +93,8 @@ def _check_contents(
         item = "" if mask is None else f" in item {counts.index(fewest)}"
         raise ValueError(f"knn: num_neighbors must be at most the {fewest} candidates{item}, got {num_neighbors}")
     if table is not None:
-        check_places("knn", "points", points, table)
-        check_places("knn", "queries", queries, table)
+        check_cells("knn", "points", points, table)
+        check_cells("knn", "queries", queries, table)
 
 
 _knn = Op(
@@ -140,14 +140,14 @@ def _run(
 
 
 def _nearest_cells(table: Tensor, count: int, num_queries: int, num_neighbors: int) -> Tensor:
-    """Positions of the smallest distances of a table, int32, in their order; so many that they usually hold a query's
-    neighbours.
+    """Positions of the smallest distances of a table, int32, in their order: the cells nearest to its origin, enough to
+    contain the neighbours of a typical query.
 
-    Empty where to look at every point is as fast. The longest list asked for is remembered as long as the table is.
+    Empty if a linear scan is as fast. The longest list asked for is remembered as long as the table is.
     """
     if count * num_queries < 4 * len(table):
         return torch.empty(0, dtype=torch.int32)
-    # Half the cells of a displacement lie outside along every axis for a query in a corner, hence the factor.
+    # A query in a corner sees only half of the cells per axis, hence the factor.
     wanted = min(4 * num_neighbors * len(table) // count + _FEWEST_CELLS, len(table))
     written = version(table)
     known: _Order | None = _ORDERS.get(table)

@@ -149,7 +149,7 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
 
 
 def _check_range(where: str, index: Tensor, points: int, name: str = "neighbors") -> None:
-    """A kernel would read anywhere."""
+    """Bounds check: kernels do not check indices."""
     if index.numel() and values_readable(index):
         low, high = (int(i) for i in index.aminmax())
         if low < 0 or high >= points:

@@ -18,10 +18,11 @@ bool run(vamoh::Isa isa, int threads, vamoh::LinearSizes s, bool shared) {
   const auto x = filled(inputs), weight = filled(weights), bias = filled(s.groups * s.out), grad = filled(outputs);
   std::unique_ptr<float[]> out(new float[outputs]), grad_x(new float[s.groups * s.rows * s.in]),
       grad_weight(new float[weights]), grad_bias(new float[s.groups * s.out]);
-  const vamoh::Strides x_at{shared ? 0 : s.rows * s.in, s.in, 1}, by_row{s.out, s.groups * s.out, 1};
-  vamoh::linear(x.get(), x_at, weight.get(), bias.get(), out.get(), by_row, s, threads, isa);
+  const vamoh::Strides x_strides{shared ? 0 : s.rows * s.in, s.in, 1}, by_row{s.out, s.groups * s.out, 1};
+  vamoh::linear(x.get(), x_strides, weight.get(), bias.get(), out.get(), by_row, s, threads, isa);
   vamoh::linear_grad_x(grad.get(), by_row, weight.get(), grad_x.get(), s, threads, isa);
-  vamoh::linear_grad_weight(grad.get(), by_row, x.get(), x_at, grad_weight.get(), grad_bias.get(), s, threads, isa);
+  vamoh::linear_grad_weight(grad.get(), by_row, x.get(), x_strides, grad_weight.get(), grad_bias.get(), s, threads,
+                            isa);
   bool good = true;
   for (int64_t i = 0; i < outputs; ++i) good &= std::isfinite(out[i]);
   for (int64_t i = 0; i < s.groups * s.rows * s.in; ++i) good &= std::isfinite(grad_x[i]);
