@@ -55,6 +55,7 @@ KNOWS: dict[str, set[str]] = {
     "train": {"checkpoint", "config", "data", "distributed", "interrupts", "model", "resume", "runlog", "trainer"},
     "export": {"gating", "model", "ops", "points"},
     "evaluate": {"data", "masks", "metrics", "model", "points"},
+    "prior": {"checkpoint", "data", "evaluate", "model"},
     "compat": {"checkpoint", "config", "encoder", "gating", "generator", "geometry", "latent", "model", "points"},
     "arguments": {"config"},
     "cli": {"arguments", "commands", "compat", "config"},

@@ -234,7 +234,8 @@ WORDS = st.one_of(
 OPTIONS = {
     "train": ["--train.steps", "--model.components", "--data.name", "--seed", "--out", "--device", "--resume"],
     "reconstruct": ["--split", "--index", "--count", "--seed", "--device"],
-    "sample": ["--count", "--seed", "--device"],
+    "sample": ["--count", "--seed", "--device", "--prior"],
+    "fit-prior": ["--kind", "--seed", "--device"],
     "superres": ["--scale", "--split"],
     "complete": ["--mask", "--index"],
     "segment": ["--index"],
@@ -262,6 +263,8 @@ def test_every_wrong_command_is_explained(
         "_written",
         "_sample",
         "evaluate_model",
+        "fit_second_prior",
+        "save_prior",
         "_save_arrays",
         "_save_json",
         "train_model",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro")
 from vamoh import PointSet, VaMoH, commands, load
 from vamoh.cli import COMMANDS, main
 from vamoh.config import PRESETS, load_config
+from vamoh.prior import load_prior
 from vamoh.train import TrainingInterrupted
 
 TINY = shlex.split("""
@@ -180,6 +182,35 @@ def test_sampling_follows_the_seed(image_run: Path, tmp_path: Path) -> None:
     assert np.array_equal(means[0], means[1]) and not np.array_equal(means[0], means[2])
 
 
+def test_samples_come_from_a_second_prior_once_it_is_fitted(
+    image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(image_run, run)
+
+    def drawn(*options: str) -> tuple[str, Any]:
+        assert main(["sample", str(run), "--count", "2", "--out", str(tmp_path), *options]) == 0
+        with np.load(tmp_path / "sample.npz") as file:
+            return capsys.readouterr().out.splitlines()[0], file["z"]
+
+    assert "prior.safetensors" in fails(capsys, "sample", str(run), "--prior", "second")
+    own = drawn()
+    assert own[0] == "drawn from the model's own prior"
+    assert main(["fit-prior", str(run), "--kind", "coupling", "--steps", "2"]) == 0
+    assert f"wrote {run / 'prior.safetensors'}" in capsys.readouterr().out
+    second = drawn()
+    assert second[0] == "drawn from the second-stage prior, coupling"
+    assert np.array_equal(drawn("--prior", "second")[1], second[1])
+    first = drawn("--prior", "first")
+    assert first[0] == own[0] and np.array_equal(first[1], own[1]) and not np.array_equal(own[1], second[1])
+    model = load(run)
+    expected = load_prior(run, model).sample(2, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(second[1], expected.numpy())
+    assert main(["train", "--resume", str(run), "--train.steps", "4"]) == 0
+    assert "fit it again" in fails(capsys, "sample", str(run), "--out", str(tmp_path))
+    assert drawn("--prior", "first")[0] == own[0]
+
+
 def test_evaluate_prints_a_table_and_writes_json(
     image_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +304,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         "info": [],
         "export": ["--out", "--part", "--format"],
         "convert": ["--out", "--config", "--to-reference"],
+        "fit-prior": ["--kind", "--steps", "--device", "--seed"],
     }.get(name, ["--out", "--device", "--seed"])
     wanted += [] if name in ("info", "train") else ["RUN"]
     wanted += {"superres": ["--scale"], "complete": ["--mask", "random:RATE"], "sample": ["--count"]}.get(name, [])

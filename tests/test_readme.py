@@ -72,11 +72,11 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
 
     def record(name: str) -> Callable[..., str]:
-        signature = inspect.signature(getattr(commands, name))
+        signature = inspect.signature(getattr(commands, name.replace("-", "_")))
         return lambda *given, **options: asked.update(signature.bind(*given, **options).arguments, command=name) or ""
 
     for name in cli.COMMANDS:
-        monkeypatch.setattr(commands, name, record(name))
+        monkeypatch.setattr(commands, name.replace("-", "_"), record(name))
     status = cli.main(shlex.split(line, comments=True)[1:])
     assert status == 0 and asked, f"`{line}` is not a command that vamoh understands"
     return asked

@@ -14,17 +14,23 @@ Run = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, as vamoh 
 
 
 @dataclass(frozen=True)
-class Common:
+class Opening:
     """Options of every command that opens a run."""
 
-    out: Path | None = None
-    """folder for the results; default: the run folder"""
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
     seed: int = 0
     """seed of random draws"""
     data: Annotated[str | None, arg(name="data.path")] = None
     """where the data of the run are now, if they moved; default: where they were"""
+
+
+@dataclass(frozen=True)
+class Common(Opening):
+    """Options of the commands that write results."""
+
+    out: Path | None = None
+    """folder for the results; default: the run folder"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,22 @@ class Sample(Common):
     run: Run = field(kw_only=True)
     count: int = 64
     """how many functions"""
+    prior: Literal["first", "second"] | None = None
+    """first: the model's own; second: that of vamoh fit-prior; default: the second one, where there is one"""
+
+
+@dataclass(frozen=True)
+class FitPrior(Opening):
+    """Fit a second-stage prior to the latents of the training functions, for vamoh sample: RUN/prior.safetensors.
+
+    The model stays as it is. The file holds for its parameters only: after more training, fit again.
+    """
+
+    run: Run = field(kw_only=True)
+    kind: Literal["diffusion", "coupling"] = "diffusion"
+    """diffusion: a small diffusion model of z; coupling: a flow of affine couplings"""
+    steps: int = 2000
+    """updates"""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def load(run_folder: str | os.PathLike[str], device: str | torch.device = "cpu")
         lines = listed(differences(stored, wanted, "model."))
         raise ValueError(f"checkpoint.load: {path} is of another configuration than config.yaml: {lines}")
     model = new_model(config, metadata["coord_dim"], metadata["channels"])
-    _check_tensors(path, tensors, model.state_dict())
+    check_tensors("checkpoint.load", path, tensors, model.state_dict())
     model.load_state_dict(tensors)
     model.use_flow, model.use_gating_prior = metadata["use_flow"], metadata["use_gating_prior"]
     return model.to(place).eval()
@@ -138,6 +138,27 @@ def load_training_state(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state.get("step"), int) or state["step"] != _step_of(path.parent):
         raise ValueError(f"checkpoint: step of {path} must be that of its folder, got {shown(state.get('step'))}")
     return state
+
+
+def read_tensors(where: str, path: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of the safetensors file at `path`; ValueError where its content is none."""
+    with reading(where, path, "a safetensors file"):
+        tensors = tensors_from_bytes(content)
+        # The file starts with the length of its JSON header in 8 bytes.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return dict(header.get("__metadata__", {})), tensors
+
+
+def check_tensors(where: str, path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a file's tensors are those that a model wants, by name, shape and dtype."""
+    lines = [f"{name} is missing" for name in wanted if name not in stored]
+    lines += [f"{unquoted(name)} is unknown" for name in stored if name not in wanted]
+    for name in wanted.keys() & stored.keys():
+        a, b = stored[name], wanted[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            lines.append(f"{name} is {a.dtype} {shown(list(a.shape))}, the model has {b.dtype} {list(b.shape)}")
+    if lines:
+        raise ValueError(f"{where}: {path} does not fit the model: {listed(sorted(lines))}")
 
 
 def has_checkpoint(run_folder: str | os.PathLike[str]) -> bool:
@@ -207,11 +228,7 @@ def _read(run_folder: str | os.PathLike[str], name: str) -> tuple[Path, bytes]:
 
 
 def _parse_model(path: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with reading("checkpoint", path, "a safetensors file"):
-        tensors = tensors_from_bytes(content)
-        # The file starts with the length of its JSON header in 8 bytes.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = dict(header.get("__metadata__", {}))
+    metadata, tensors = read_tensors("checkpoint", path, content)
     _check_format(path, metadata.pop("format", None))
     absent = [name for name in _METADATA if name not in metadata]
     if absent:
@@ -230,17 +247,6 @@ def _parse_model(path: Path, content: bytes) -> tuple[dict[str, Any], dict[str, 
 def _check_format(path: Path, version: object) -> None:
     if str(version) != str(FORMAT):
         raise ValueError(f"checkpoint: {path} must have format {FORMAT}, got {unquoted(version)}")
-
-
-def _check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    lines = [f"{name} is missing" for name in wanted if name not in stored]
-    lines += [f"{unquoted(name)} is unknown" for name in stored if name not in wanted]
-    for name in wanted.keys() & stored.keys():
-        a, b = stored[name], wanted[name]
-        if a.shape != b.shape or a.dtype != b.dtype:
-            lines.append(f"{name} is {a.dtype} {shown(list(a.shape))}, the model has {b.dtype} {list(b.shape)}")
-    if lines:
-        raise ValueError(f"checkpoint.load: {path} does not fit the model: {listed(sorted(lines))}")
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

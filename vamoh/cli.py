@@ -23,6 +23,7 @@ from vamoh.arguments import (
     Convert,
     Evaluate,
     Export,
+    FitPrior,
     Info,
     Reconstruct,
     Sample,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "reconstruct": Reconstruct,
     "sample": Sample,
+    "fit-prior": FitPrior,
     "superres": Superres,
     "complete": Complete,
     "segment": Segment,
@@ -159,7 +161,7 @@ def _run(name: str, *options: Any, **values: Any) -> int:
         if isinstance(value, Path | str):
             check_name("vamoh", option, str(value))
     with _messages():
-        text = getattr(commands, name)(*options, **values)
+        text = getattr(commands, name.replace("-", "_"))(*options, **values)
     if text:
         print(text)
     return 0

@@ -31,6 +31,7 @@ from vamoh.arguments import (
     Convert,
     Evaluate,
     Export,
+    FitPrior,
     Info,
     Reconstruct,
     Sample,
@@ -53,6 +54,8 @@ from vamoh.metrics import MAX_PSNR, psnr
 from vamoh.model import VaMoH
 from vamoh.ops import status
 from vamoh.points import PointSet, grid_shape, sphere_grid_shape
+from vamoh.prior import SecondPrior, has_prior, load_prior, save_prior
+from vamoh.prior import fit_prior as fit_second_prior
 from vamoh.runlog import read_log
 from vamoh.train import check_data
 from vamoh.train import train as train_model
@@ -164,15 +167,33 @@ def reconstruct(given: Reconstruct) -> str:
 
 
 def sample(given: Sample) -> str:
-    """Draw new functions from the prior."""
+    """Draw new functions from the prior, by default the second-stage one, where the run has it."""
     opened = open_run(given.run, given.device, given.seed, given.data)
     _need_grid(opened)
     _check_room("sample", opened, given.count)
-    samples = _sample(opened, given.count)
+    second = given.prior == "second" or (given.prior is None and has_prior(given.run))
+    prior = load_prior(given.run, opened.model) if second else None
+    samples = _sample(opened, given.count, prior)
     folder = _folder(opened, given.out)
     saved = _save_arrays(folder / "sample.npz", samples)
     figure = figures.write_samples(folder / "sample.png", samples["mean"][:DRAWN_SAMPLES], opened.look)
-    return _drawn(figure, saved, given.count, DRAWN_SAMPLES)
+    source = "the model's own prior" if prior is None else f"the second-stage prior, {prior.kind}"
+    return f"drawn from {source}\n{_drawn(figure, saved, given.count, DRAWN_SAMPLES)}"
+
+
+def fit_prior(given: FitPrior) -> str:
+    """Fit a second-stage prior to the latents of the training functions, and keep it in the run folder."""
+    opened = open_run(given.run, given.device, given.seed, given.data)
+    prior = fit_second_prior(
+        opened.model,
+        opened.dataset,
+        kind=given.kind,
+        steps=given.steps,
+        num_points=opened.config.train.num_points,
+        seed=given.seed,
+        progress=True,
+    )
+    return _written(save_prior(given.run, prior, opened.model))
 
 
 def superres(given: Superres) -> str:
@@ -585,9 +606,11 @@ def _check_room(where: str, run: Run, functions: int, scale: int = 1) -> None:
     check_memory(where, f"{functions} functions at {points} points", size)
 
 
-def _sample(run: Run, count: int) -> dict[str, Array]:
+def _sample(run: Run, count: int, second: SecondPrior | None = None) -> dict[str, Array]:
+    """New functions from the model's own prior, or from a second one."""
     generator = torch.Generator(device=run.device).manual_seed(run.seed)
-    z = run.model.sample_prior(count, generator=generator)
+    draw = run.model.sample_prior if second is None else second.sample
+    z = draw(count, generator=generator)
     coords = run.domain.grid()[0].to(run.device)
     parts: list[dict[str, Array]] = []
     for part in Progress(z.split(max(1, BATCH_POINTS // len(coords))), desc="sample", disable=None, leave=False):
