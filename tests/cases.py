@@ -110,7 +110,7 @@ def mixture_inputs(
 ) -> list[Tensor]:
     """theta, features, values, weights, scale; some values exactly 0 and 1, some weights 0."""
     g = np.random.default_rng([b, k, n, *widths])
-    values = g.random((b, n, widths[-1]))
+    values = g.uniform(0.01, 0.99, (b, n, widths[-1]))  # off the limits of the bins at the ends
     values[g.random(values.shape) < 0.2] = 0.0
     values[g.random(values.shape) < 0.2] = 1.0
     weights = g.dirichlet(np.ones(k), (b, n)).transpose(0, 2, 1) * (g.random((b, 1, n)) < 0.8)

@@ -18,22 +18,34 @@ UNIT = 2.0**-24
 """Largest relative error of one rounding to float32."""
 
 
-def bounds(function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], operations: float) -> list[float]:
+def bounds(
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor], operations: float, terms: float = 0.0
+) -> list[float]:
     """For each result of function(*arguments) in float64, how far its norm may move by `operations` roundings in a row.
 
     The farthest of eight draws in which every entry of every argument is off by so many units of its own size, at least
     of the usual size of its tensor, up or down: a sum rounds a small term as it rounds the others. Never less than
-    eight units of the result.
+    eight units of the result, or of its last terms, so large each, where these cancel.
+
+    Results have to move in proportion: at a kink, such as a rectifier's, float32 may be on either side, and a bound
+    that allows both allows nearly anything.
     """
     arguments = [a.detach() for a in arguments]
     exact, generator = function(*arguments), torch.Generator().manual_seed(0)
-    farthest = [8 * UNIT * float(e.norm()) for e in exact]  # of the last sums and functions themselves
     sizes = [operations * UNIT * a.abs().clamp(min=float(a.abs().nanmean())) for a in arguments]
+    farthest, slopes = [0.0] * len(exact), [0.0] * len(exact)
     for _ in range(8):
         signs = [2.0 * torch.randint(0, 2, a.shape, generator=generator) - 1 for a in arguments]
-        moved = function(*(a + s * size for a, s, size in zip(arguments, signs, sizes, strict=True)))
-        farthest = [max(most, float((m - e).norm())) for most, m, e in zip(farthest, moved, exact, strict=True)]
-    return farthest
+        for share, most in ((1, farthest), (2.0**-10, slopes)):
+            moved = function(*(a + share * s * size for a, s, size in zip(arguments, signs, sizes, strict=True)))
+            for i, (m, e) in enumerate(zip(moved, exact, strict=True)):
+                most[i] = max(most[i], float((m - e).norm()) / share)
+    least = [8 * UNIT * max(float(e.norm()), terms * e.numel() ** 0.5) for e in exact]
+    far = [max(both) for both in zip(farthest, least, strict=True)]
+
+    for f, slope, low in zip(far, slopes, least, strict=True):
+        assert f <= 4 * max(slope, low) and slope <= 4 * f, "an argument lies at a kink of the function: choose others"
+    return far
 
 
 def within(results: Sequence[Tensor], exact: Sequence[Tensor], bounds: Sequence[float]) -> bool:
@@ -49,10 +61,11 @@ def near(
     arguments: Sequence[Tensor],
     widths: Sequence[int],
     unit: float = 1.0,
+    terms: float = 0.0,
 ) -> bool:
     """Whether results are those of the function in float64 of a network, up to roundings of `unit` times float32's."""
     arguments = [a.detach().cpu().double() for a in arguments]
-    allowed = bounds(function, arguments, unit * operations(widths))
+    allowed = bounds(function, arguments, unit * operations(widths), terms)
     return within(results, function(*arguments), allowed)
 
 
@@ -84,3 +97,8 @@ def operations(widths: Sequence[int]) -> int:
     products.
     """
     return sum(widths) + 32
+
+
+def mean_terms(kind: str) -> float:
+    """How large the terms are whose difference is the mean of a likelihood: 1/(1 - e⁻ˡ) and 1/l from l = 0.5 on."""
+    return 2.5 if kind == "continuous_bernoulli" else 0.0

@@ -74,6 +74,11 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.detach().double().cpu() - b.detach().cpu()).norm())
 
 
+CLEAR = {"celebahq_tiny": 6, "chairs_tiny": 1, "era_tiny": 5, "polymnist_tiny": 3, "shapes_tiny": 3}
+"""Seeds for which no unit lies at the kink of its rectifier, where float32 may be on either side, once every number of
+the model is off by a thousandth. In all files but one, a unit does with the numbers as they are."""
+
+
 @PLACES
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_model(name, place, monkeypatch):
@@ -84,24 +89,37 @@ def test_float32_model(name, place, monkeypatch):
     log K for each point in KL(c), the sum of differences that cancel.
     """
     monkeypatch.setenv("VAMOH_TRITON_PRECISION", "ieee")
-    case, exact = compared(name)
+    case = parity.Case(SCRIPT.parent / "golden" / f"{name}.npz")
     terms = case.points.count * math.log(case.meta["K"])
     units = UNIT * independent(max(p.shape[-1] for p in case.model.parameters()))
-    moved = [off(name, units, seed) for seed in range(3)]
-    for (single, _), (double, _), *others in zip(compared(name, torch.float32, place)[1], exact, *moved, strict=True):
-        moves = [apart(stage.ours, double.ours) for stage, _ in others]
-        size = double.ours.detach().abs().clamp(min=terms if "kl_c" in single.name else 0)
-        assert apart(single.ours, double.ours) <= max(*moves, units * float(size.norm())), single.name
+    exact, single = stages_off(name), stages_off(name, dtype=torch.float32, place=place)
+    moves, slopes = (
+        [[apart(m.ours, e.ours) / share for m, e in zip(stages_off(name, units * share, seed), exact, strict=True)]
+         for seed in range(3)]
+        for share in (1, 2**-10)
+    )  # fmt: skip
+    for found, stage, *moved in zip(single, exact, *moves, *slopes, strict=True):
+        size = stage.ours.detach().abs().clamp(min=terms if "kl_c" in stage.name else 0)
+        move, slope, least = max(moved[:3]), max(moved[3:]), units * float(size.norm())
+        assert move <= 4 * max(slope, least) and slope <= 4 * max(move, least), f"a kink in {stage.name}"
+        assert apart(found.ours, stage.ours) <= max(move, least), stage.name
 
 
-def off(name: str, units: float, seed: int) -> list[Any]:
-    """The float64 stages with every number of the model larger or smaller by `units` of itself."""
-    case = parity.Case(SCRIPT.parent / "golden" / f"{name}.npz")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for t in (*case.model.parameters(), *case.model.buffers()):
-            t.mul_(1 + units * (2.0 * torch.randint(0, 2, t.shape, generator=generator) - 1))
-    return list(parity.compare(case))
+def stages_off(
+    name: str, units: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float64, place: str = "cpu"
+) -> list[Any]:
+    """The stages of a clear model with every number larger or smaller by `units` of itself."""
+    path = SCRIPT.parent / "golden" / f"{name}.npz"
+    case = parity.Case(path)
+    for share, drawn in ((1e-3, CLEAR[name]), (units, seed)):
+        generator = torch.Generator().manual_seed(drawn)
+        with torch.no_grad():
+            for t in (*case.model.parameters(), *case.model.buffers()):
+                t.mul_(1 + share * (2.0 * torch.randint(0, 2, t.shape, generator=generator) - 1).double())
+    if (dtype, place) != (torch.float64, "cpu"):
+        weights, case = case.model.state_dict(), parity.Case(path, dtype, place)
+        case.model.load_state_dict(weights)
+    return [stage for stage, _ in parity.compare(case)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import mixture_case
-from tests.precision import near, operations
+from tests.precision import mean_terms, near, operations
 from vamoh.kernels.inr_mixture_plan import PRECISIONS, refusal
 from vamoh.layout import packed_size
 from vamoh.ops import (
@@ -102,6 +102,7 @@ def check(size: tuple, features: str, inr: Inr, kind: Likelihood, device: str, u
             [*arguments[:2], log_pi],
             inr.widths,
             unit,
+            mean_terms(kind.kind),
         )
 
 
