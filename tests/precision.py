@@ -42,7 +42,6 @@ def bounds(
                 most[i] = max(most[i], float((m - e).norm()) / share)
     least = [8 * UNIT * max(float(e.norm()), terms * e.numel() ** 0.5) for e in exact]
     far = [max(both) for both in zip(farthest, least, strict=True)]
-
     for f, slope, low in zip(far, slopes, least, strict=True):
         assert f <= 4 * max(slope, low) and slope <= 4 * f, "an argument lies at a kink of the function: choose others"
     return far

@@ -119,7 +119,7 @@ def near_expected(
 
 @pytest.mark.parametrize(("size", "features"), SIZES, ids=str)
 def test_matches_float64(size, features, device):
-    i = [s for s, _ in SIZES].index(size)
+    i = [getattr(each, "values", each)[0] for each in SIZES].index(size)
     check(size, features, Inr(size[3], *ACTIVATIONS[i // 2 % 4], 1.5), LIKELIHOODS[i % 4], device)
 
 
