@@ -16,9 +16,9 @@ constexpr int32_t kNoPoint = 1 << 29;         // the sum of squares where there 
 
 template <class T>
 struct QuantizedCloud {
-  const T* coords;       // [*, dims]
-  const int64_t* index;  // [n] the candidates' rows
-  int64_t n, dims;
+  const T* coords = nullptr;       // [*, dims]
+  const int64_t* index = nullptr;  // [n] the candidates' rows
+  int64_t n = 0, dims = 0;
   int64_t groups = (dims + 3) / 4;
   T low = 0, step = 0;
   double slack = 0;                    // the most by which distances differ

@@ -71,6 +71,31 @@ inline Vi lane_numbers() {
   return v;
 }
 
+// A vector of which only the first n lanes are in memory; the others are 0.
+inline V load_part(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+#if VAMOH_VECTOR_BITS == 512
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif VAMOH_VECTOR_BITS == 256
+  return _mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)));
+#else
+  V v = V{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+inline void store_part(float* p, V v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+#if VAMOH_VECTOR_BITS == 512
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#elif VAMOH_VECTOR_BITS == 256
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < static_cast<int>(n)), v);
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
 // Bit D of the row number changes places with bit D of the lane number.
 template <int D>
 inline __attribute__((always_inline)) void exchange(V& low, V& high) {

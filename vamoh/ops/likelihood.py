@@ -5,15 +5,16 @@ Shapes broadcast; `logits` is the coordinate network's output. The kernels compu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vamoh._checks import check_choice
+from vamoh._options import LikelihoodKind
 
-KINDS = ("logistic", "bernoulli", "continuous_bernoulli")
+KINDS: tuple[str, ...] = get_args(LikelihoodKind)
 
 
 class Likelihood(NamedTuple):
