@@ -2,7 +2,9 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <thread>
+#include <vector>
 
 #include "../farthest_point_sample.h"
 #include "../threads.h"
@@ -117,7 +119,7 @@ constexpr int kPiecesPerThread = 4;
 
 int workers(int threads, int64_t batch) { return std::max(static_cast<int>(std::min<int64_t>(threads, batch)), 1); }
 
-// One worker's memory for clouds of up to `padded` points: panels, or quantized points, squares and limits,
+// One worker's memory for clouds of up to `padded` points: panels, or quantized points, squares, limits and queries,
 // which need less room as quantized clouds have many dimensions.
 template <class T>
 struct Scratch {
@@ -129,24 +131,17 @@ struct Scratch {
       : panels(memory), nearest(panels + padded * dims), panel_best(nearest + padded), query(panel_best + padded) {}
 };
 
-// `sample` by `team` threads, which share the panels. take(position) comes before come_nearer(p0, p1) for all panels.
-template <class T, class Take, class ComeNearer>
-void sample_together(int64_t n, int64_t samples, int64_t width, int team, const Scratch<T>& scratch, const Take& take,
-                     const ComeNearer& come_nearer, int64_t* order) {
-  const int64_t count = ceil_div(n, width), pieces = std::min<int64_t>(count, team * kPiecesPerThread);
-  const auto sample_with = [&](const auto& all_come_nearer) {
-    const auto take_each = [&](int64_t taken) {
-      take(taken);
-      all_come_nearer();
-    };
-    sample(n, samples, width, scratch.nearest, scratch.panel_best, take_each, order);
-  };
-  if (team == 1) return sample_with([&] { come_nearer(0, count); });
+// Calls lead(rounds), where rounds() is piece(i) once for every i of `pieces`, by a team of threads.
+template <class Lead, class Piece>
+void with_team(int team, int64_t pieces, const Lead& lead, const Piece& piece) {
+  if (team == 1)
+    return lead([&] {
+      for (int64_t i = 0; i < pieces; ++i) piece(i);
+    });
   Rounds rounds(pieces);
-  const auto piece = [&](int64_t i) { come_nearer(i * count / pieces, (i + 1) * count / pieces); };
   ThreadPool::get().run(team, team, [&](int64_t task, int) {
     if (task > 0) return rounds.help(task * pieces / team, piece);
-    sample_with([&] { rounds.lead(piece); });
+    lead([&] { rounds.lead(piece); });
     rounds.finish();
   });
 }
@@ -154,48 +149,82 @@ void sample_together(int64_t n, int64_t samples, int64_t width, int team, const 
 template <class T>
 void sample_in_panels(Isa isa, const QuantizedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
                       int64_t* order) {
-  const int64_t width = VAMOH_DISPATCH(isa, panel_width<T>()), dims = cloud.dims;
+  const int64_t width = VAMOH_DISPATCH(isa, panel_width<T>()), dims = cloud.dims, count = ceil_div(cloud.n, width);
+  const int64_t pieces = team == 1 ? 1 : std::min<int64_t>(count, team * kPiecesPerThread);
   T* const query = scratch.query;
   VAMOH_DISPATCH(isa, pack_panels<T>)(cloud.coords, cloud.index, cloud.n, dims, scratch.panels);
-  sample_together(
-      cloud.n, samples, width, team, scratch,
-      [&](int64_t taken) {
-        const T* const row = scratch.panels + taken / width * width * dims + taken % width;
-        for (int64_t d = 0; d < dims; ++d) query[d] = row[d * width];
+  with_team(
+      team, pieces,
+      [&](const auto& all_come_nearer) {
+        const auto take = [&](int64_t taken) {
+          const T* const row = scratch.panels + taken / width * width * dims + taken % width;
+          for (int64_t d = 0; d < dims; ++d) query[d] = row[d * width];
+          all_come_nearer();
+        };
+        sample(cloud.n, samples, width, scratch.nearest, scratch.panel_best, take, order);
       },
-      [&](int64_t p0, int64_t p1) {
+      [&](int64_t i) {
+        const int64_t p0 = i * count / pieces, p1 = (i + 1) * count / pieces;
         VAMOH_DISPATCH(isa, come_nearer<T>)(scratch.panels, dims, p0, p1, query, scratch.nearest, scratch.panel_best);
-      },
-      order);
+      });
 }
 
+// A panel meets the points that were taken only when it may hold the farthest one, all at once: its values of nearest
+// are too large until then.
 template <class T>
 void sample_quantized(Isa isa, QuantizedCloud<T>& cloud, int64_t samples, int team, const Scratch<T>& scratch,
                       int64_t* order) {
   const int64_t width = VAMOH_DISPATCH(isa, kQuantizedWidth), groups = cloud.groups, padded = round_up(cloud.n, width);
+  const int64_t count = padded / width, pieces = team == 1 ? 1 : std::min<int64_t>(count, team * kPiecesPerThread);
   int32_t* const quantized = reinterpret_cast<int32_t*>(scratch.panels);
   int32_t* const squares = quantized + padded * groups;
   int32_t* const limits = squares + padded;
-  int32_t* const query = limits + padded;
+  int32_t* const queries = limits + padded;
   cloud.quantized = quantized;
   cloud.squares = squares;
-  VAMOH_DISPATCH(isa, pack_quantized<T>)(cloud, query, quantized, squares);
+  VAMOH_DISPATCH(isa, pack_quantized<T>)(cloud, queries, quantized, squares);
   for (int64_t i = 0; i < padded; ++i) limits[i] = squares[i] - (i < cloud.n ? kFarthest : 0);
-  int64_t from = 0;
-  sample_together(
-      cloud.n, samples, width, team, scratch,
-      [&](int64_t taken) {
-        from = taken;
-        limits[taken] = kNoPoint;
-        const int32_t* const row = quantized + taken / width * width * groups + taken % width;
-        for (int64_t g = 0; g < groups; ++g) query[g] = row[g * width];
+  T* const nearest = scratch.nearest;
+  T* const panel_best = scratch.panel_best;
+  std::fill(nearest, nearest + cloud.n, std::numeric_limits<T>::infinity());
+  std::fill(nearest + cloud.n, nearest + padded, T(-1));  // as points taken
+  std::fill(panel_best, panel_best + count, std::numeric_limits<T>::infinity());
+  std::vector<int64_t> met(count), turn(count);
+  std::iota(turn.begin(), turn.end(), int64_t{0});
+  int64_t known = 0;
+  with_team(
+      team, pieces,
+      [&](const auto& first_in_turn_meet) {
+        for (int64_t taken = 0;; ++known) {
+          order[known] = taken;
+          if (known + 1 == samples) return;
+          const int64_t home = taken / width;
+          const int32_t* const row = quantized + home * width * groups + taken % width;
+          for (int64_t g = 0; g < groups; ++g) queries[known * groups + g] = row[g * width];
+          limits[taken] = kNoPoint;
+          nearest[taken] = T(-1);
+          panel_best[home] = *std::max_element(nearest + home * width, nearest + (home + 1) * width);
+          int64_t best;
+          while (met[best = std::max_element(panel_best, panel_best + count) - panel_best] <= known) {
+            if (pieces == 1)
+              turn[0] = best;
+            else
+              std::nth_element(turn.begin(), turn.begin() + (pieces - 1), turn.end(),
+                               [&](int64_t p, int64_t q) {
+                                 return panel_best[p] > panel_best[q] || (panel_best[p] == panel_best[q] && p < q);
+                               });
+            first_in_turn_meet();
+          }
+          const T* const from = nearest + best * width;
+          taken = best * width + (std::find(from, from + width, panel_best[best]) - from);
+        }
       },
-      [&](int64_t p0, int64_t p1) {
-        VAMOH_DISPATCH(isa, come_nearer_quantized<T>)(cloud, p0, p1, cloud.coords + cloud.index[from] * cloud.dims,
-                                                      query, squares[from], scratch.nearest, limits,
-                                                      scratch.panel_best);
-      },
-      order);
+      [&](int64_t i) {
+        const int64_t p = turn[i];
+        panel_best[p] = VAMOH_DISPATCH(isa, come_nearer_quantized<T>)(cloud, p, order, queries, met[p], known + 1,
+                                                                      nearest, limits);
+        met[p] = known + 1;
+      });
 }
 
 }  // namespace

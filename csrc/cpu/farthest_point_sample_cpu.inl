@@ -40,40 +40,61 @@ void come_nearer(const T* panels, int64_t dims, int64_t p0, int64_t p1, const T*
   }
 }
 
-// The same for a quantized cloud and query, whose sum of squares is `square`. limits [panels * W] are the squares less
-// the reach of `nearest`, and change with it.
+constexpr int kQueries = kVectorBytes == 64 ? 4 : 2;  // that share a pass over a quantized panel, as registers allow
+
+// Lowers nearest [W] and limits [W] of the quantized panel p to the distances from one query, at position `from`, of
+// those points whose bit is set in `near`.
 template <class T>
-void come_nearer_quantized(const QuantizedCloud<T>& cloud, int64_t p0, int64_t p1, const T* query,
-                           const int32_t* quantized, int32_t square, T* nearest, int32_t* limits, T* panel_best) {
+void come_nearer_exactly(const QuantizedCloud<T>& cloud, int64_t p, uint64_t near, int64_t from, T* nearest,
+                         int32_t* limits) {
+  const T* const query = cloud.coords + cloud.index[from] * cloud.dims;
+  while (near) {
+    int64_t positions[kExactRows], count = 0;
+    T distances[kExactRows];
+    for (; near && count < kExactRows; near &= near - 1)
+      positions[count++] = p * kQuantizedWidth + __builtin_ctzll(near);
+    exact_distances(cloud, positions, count, query, distances);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = positions[i];
+      if (!(distances[i] < nearest[at])) continue;
+      nearest[at] = distances[i];
+      limits[at] = cloud.squares[at] - reach(cloud, distances[i]);
+    }
+  }
+}
+
+// The same for a quantized cloud, one panel p, and the queries q0 to q1 at positions `taken`, whose quantized rows are
+// `queries` [*, groups]. limits [panels * W] are the squares less the reach of `nearest`, and change with it. Returns
+// the largest value of nearest in the panel.
+template <class T>
+T come_nearer_quantized(const QuantizedCloud<T>& cloud, int64_t p, const int64_t* taken, const int32_t* queries,
+                        int64_t q0, int64_t q1, T* nearest, int32_t* limits) {
   constexpr int64_t W = kQuantizedWidth;
   const int64_t groups = cloud.groups;
-  for (int64_t p = p0; p < p1; ++p) {
+  for (int64_t q = q0; q < q1; q += kQueries) {
+    const int64_t used = q1 - q < kQueries ? q1 - q : kQueries;
+    const int32_t* query[kQueries];
+    for (int64_t r = 0; r < kQueries; ++r) query[r] = queries + (q + (r < used ? r : used - 1)) * groups;
     const int32_t* x = cloud.quantized + p * groups * W;
-    Quantized sum[kVectors] = {};
-    for (int64_t g = 0; g < groups; ++g)
-      for (int v = 0; v < kVectors; ++v)
-        sum[v] = add_products(sum[v], *reinterpret_cast<const Quantized*>(x + g * W + v * kQuantizedLanes),
-                              Quantized{} + quantized[g]);
-    uint64_t near = 0;
-    for (int v = 0; v < kVectors; ++v) {
-      const Quantized least = *reinterpret_cast<const Quantized*>(limits + p * W + v * kQuantizedLanes) + square;
-      near |= static_cast<uint64_t>(lanes_of(2 * sum[v] >= least)) << (v * kQuantizedLanes);
-    }
-    if (!near) continue;
-    while (near) {
-      int64_t positions[kExactRows], count = 0;
-      T distances[kExactRows];
-      for (; near && count < kExactRows; near &= near - 1) positions[count++] = p * W + __builtin_ctzll(near);
-      exact_distances(cloud, positions, count, query, distances);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = positions[i];
-        if (!(distances[i] < nearest[at])) continue;
-        nearest[at] = distances[i];
-        limits[at] = cloud.squares[at] - reach(cloud, distances[i]);
+    Quantized sum[kQueries][kVectors] = {};
+    for (int64_t g = 0; g < groups; ++g, x += W)
+      for (int r = 0; r < kQueries; ++r)
+        for (int v = 0; v < kVectors; ++v)
+          sum[r][v] = add_products(sum[r][v], *reinterpret_cast<const Quantized*>(x + v * kQuantizedLanes),
+                                   Quantized{} + query[r][g]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kQueries; ++r) {
+      if (r >= used) break;
+      uint64_t near = 0;
+      for (int v = 0; v < kVectors; ++v) {
+        const Quantized limit = *reinterpret_cast<const Quantized*>(limits + p * W + v * kQuantizedLanes);
+        near |= static_cast<uint64_t>(lanes_of(2 * sum[r][v] >= limit + cloud.squares[taken[q + r]]))
+                << (v * kQuantizedLanes);
       }
+      if (near) come_nearer_exactly(cloud, p, near, taken[q + r], nearest, limits);
     }
-    panel_best[p] = largest<T, W>(nearest + p * W);
   }
+  return largest<T, W>(nearest + p * W);
 }
 
 // On a lattice, where the squared distance of cells p and q is center[p - q]. order [samples]: positions among the n

@@ -256,10 +256,14 @@ def test_errors_name_the_argument(change, error, message):
         farthest_point_sample(**arguments)
 
 
+@pytest.mark.parametrize("distinct", [1501, 80])
+@pytest.mark.parametrize("dims", [60, 66])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_threads_that_share_a_cloud(isas, monkeypatch, batch):
+def test_threads_that_share_a_cloud(isas, monkeypatch, batch, dims, distinct):
     """Whole numbers: many ties, no rounding."""
-    points = torch.from_numpy(np.random.default_rng(batch).integers(-4, 5, (batch, 1501, 60))).float()
+    draw = np.random.default_rng([batch, dims])
+    values = draw.integers(-4, 5, (batch, distinct, dims))[:, draw.permutation(1501) % distinct]
+    points = torch.from_numpy(values).float()
     mask = torch.arange(1501) % 7 != 3
     for m in (None, mask):
         torch.set_num_threads(1)
