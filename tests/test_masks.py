@@ -54,6 +54,89 @@ def test_white_pixels_of_a_picture_are_observed(tmp_path: Path) -> None:
     assert completion_mask(str(tmp_path / "m.png"), (2, 2)).tolist() == [[True, False], [True, False]]
 
 
+HALVES = [(slice(0, 28), slice(0, 14)), (slice(0, 14), slice(0, 28)), (slice(0, 28), slice(14, 28)),
+          (slice(14, 28), slice(0, 28))]  # fmt: skip
+
+
+def hidden_box(mask: torch.Tensor) -> tuple[slice, slice] | None:
+    """Rows and columns of what is hidden, if that is a rectangle."""
+    rows, columns = ((~mask).any(axis).nonzero()[:, 0] for axis in (1, 0))
+    box = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+    return None if mask[box].any() else box
+
+
+def test_mixture_of_posterior_matching_for_mnist() -> None:
+    masks = completion_mask("posterior-matching-mnist", (28, 28), count=2000)
+    kinds = {"random": 0, "half": 0, "square": 0, "rectangle": 0}
+    for mask in masks:
+        box = hidden_box(mask)
+        if box is None:
+            kinds["random"] += 1
+            assert 0.35 < mask.float().mean() < 0.65
+        elif box in HALVES:
+            kinds["half"] += 1
+        elif all(side.stop - side.start == 14 for side in box) and all(side.start < 14 for side in box):
+            kinds["square"] += 1
+        else:
+            kinds["rectangle"] += 1
+            assert (~mask).float().mean() >= 0.3
+    # Shares 0.2, 0.4, 0.2, 0.2; standard deviations of the counts at most 22.
+    expected = {"random": 400, "half": 800, "square": 400, "rectangle": 400}
+    assert all(abs(kinds[name] - count) < 100 for name, count in expected.items()), kinds
+
+
+@pytest.mark.parametrize("name, side", [("posterior-matching-celeba", 64), ("vaeac-celeba", 128)])
+def test_mixtures_for_faces(name: str, side: int) -> None:
+    """The parts of a face that Li et al. hide, as the code of both papers has them, in an eighth of the masks each."""
+    parts = {
+        64: {(26, 17, 58, 36), (26, 29, 58, 48), (26, 15, 37, 50), (26, 15, 37, 34), (26, 31, 37, 50),
+             (43, 20, 62, 44)},
+        128: {(52, 33, 116, 71), (52, 57, 116, 95), (52, 29, 74, 99), (52, 29, 74, 67), (52, 61, 74, 99),
+              (86, 40, 124, 88)},
+    }[side]  # fmt: skip
+    seen, counts = set(), {"face": 0, "centre": 0, "blobs": 0, "few": 0, "other": 0}
+    for mask in completion_mask(name, (side, side), count=800):
+        box, share = hidden_box(mask), (~mask).float().mean().item()
+        if box is None:
+            assert 0.2 < share < 0.3 or share == pytest.approx(0.8 if side == 64 else 0.95, abs=0.05)
+            counts["blobs" if share < 0.5 else "few"] += 1
+            if share < 0.5:  # no dust: neighbours mostly agree
+                assert (mask[1:] == mask[:-1]).float().mean() > 0.9
+            continue
+        corners = (box[0].start, box[1].start, box[0].stop, box[1].stop)
+        quarter = side // 4
+        if corners in parts:
+            seen.add(corners)
+            counts["face"] += 1
+        elif corners == (quarter, quarter, 3 * quarter, 3 * quarter):
+            counts["centre"] += 1
+        else:
+            counts["other"] += 1
+            assert share >= 0.3
+    assert seen == parts
+    expected = {"face": 200, "centre": 40, "blobs": 40, "few": 40, "other": 480}
+    assert all(abs(counts[kind] - count) < 5 * count**0.5 for kind, count in expected.items()), counts
+
+
+def test_mixtures_follow_the_seed_and_need_their_size() -> None:
+    name = "posterior-matching-mnist"
+    masks = completion_mask(name, (28, 28), seed=2, count=3)
+    assert masks.shape == (3, 28, 28)
+    assert torch.equal(masks, completion_mask(name, (28, 28), seed=2, count=3))
+    assert torch.equal(masks[0], completion_mask(name, (28, 28), seed=2))
+    assert not torch.equal(masks, completion_mask(name, (28, 28), seed=3, count=3))
+    assert torch.equal(completion_mask("half", (4, 6), count=2), completion_mask("half", (4, 6)).expand(2, 4, 6))
+    for name, shape, wanted in (
+        ("posterior-matching-mnist", (28, 26), "an even square"),
+        ("posterior-matching-mnist", (9, 9), "an even square"),
+        ("posterior-matching-mnist", (8, 8, 8), "an even square"),
+        ("posterior-matching-celeba", (128, 128), "64 x 64"),
+        ("vaeac-celeba", (64, 64), "128 x 128"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must have a grid of {wanted}, got"):
+            completion_mask(name, shape)
+
+
 def test_bad_names_are_explained() -> None:
     with pytest.raises(ValueError, match=r"got 'pach'; did you mean 'patch'\?"):
         completion_mask("pach", (4, 4))
@@ -170,4 +253,4 @@ def generator(seed: int) -> torch.Generator:
 def test_long_names_are_cut_in_messages(name: str) -> None:
     with pytest.raises(ValueError, match="^mask: ") as caught:
         completion_mask(name, (4, 5))
-    assert len(str(caught.value)) < 200
+    assert len(str(caught.value)) < 280
