@@ -25,6 +25,7 @@ pytest.importorskip("tyro", reason="the command line needs tyro")
 from vamoh import PointSet, VaMoH, commands, load
 from vamoh.cli import COMMANDS, main
 from vamoh.config import PRESETS, load_config
+from vamoh.masks import completion_mask
 from vamoh.prior import load_prior
 from vamoh.train import TrainingInterrupted
 
@@ -154,6 +155,20 @@ def test_complete_takes_a_mask_from_a_file(image_run: Path, tmp_path: Path) -> N
         assert np.array_equal(file["completed"][:, :6], file["input"][:, :6])
         assert np.array_equal(file["completed"][:, 6:], file["mean"][:, 6:])
         assert not np.array_equal(file["mean"][:, :6], file["input"][:, :6])
+
+
+def test_complete_draws_a_mask_of_a_mixture_for_each_function(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    np.save(tmp_path / "data.npy", (generator.random((20, 10, 10)) * 255).astype(np.uint8))
+    source = ["digits", "--data.name", "arrays", "--data.path", str(tmp_path / "data.npy")]
+    run = str(tmp_path / "run")
+    assert main(["train", *source, *TINY, "--out", run]) == 0
+    options = ["--split", "train", "--count", "4", "--mask", "posterior-matching-mnist"]
+    assert main(["complete", run, *options, "--out", str(tmp_path)]) == 0
+    expected = completion_mask("posterior-matching-mnist", (10, 10), count=4).numpy()
+    with np.load(tmp_path / "complete.npz") as file:
+        assert np.array_equal(file["observed"], expected)
+    assert (expected[0] != expected[1]).any()
 
 
 def test_complete_draws_several(image_run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vamoh.generator import Reconstruction
 from vamoh.masks import completion_mask
 from vamoh.metrics import MAX_PSNR, crps, psnr
 from vamoh.model import VaMoH
-from vamoh.points import PointSet, grid_coords
+from vamoh.points import PointSet, grid_coords, sphere_grid
 
 
 def tiny_model(coord_dim: int = 2, likelihood: str = "logistic") -> VaMoH:
@@ -93,6 +94,88 @@ def test_the_best_draw_and_the_score_of_draws(monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 4 and every.std(0).min() > 0
     assert scores["best_psnr"] == pytest.approx(every.amax(0).mean().item(), rel=1e-5)
     assert scores["crps"] == pytest.approx(crps(calls[0], points.values, ~seen).mean().item(), rel=1e-5)
+
+
+def test_missing_values_are_ranked_among_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among 19 known draws, their places and the share within are counted here, of the missing points only."""
+    data, model = dataset(), tiny_model()
+    levels = torch.linspace(0.05, 0.95, 19)
+    monkeypatch.setattr(
+        VaMoH,
+        "sample_values",
+        lambda self, z, coords, generator: levels.repeat_interleave(len(z) // 19)[:, None, None].expand(-1, 36, 1),
+    )
+    scores = evaluate_model(model, data, samples=2, mask="half")["completions"]["half"]
+    hidden = ~completion_mask("half", (6, 6)).flatten()
+    values = data.batch(data.splits["test"]).values[:, hidden, 0].numpy()
+    places = np.searchsorted(levels.numpy(), values)
+    expected = [float((places == i).mean()) for i in range(20)]
+    assert scores["ranks"] == pytest.approx(expected, abs=1e-9)
+    assert scores["coverage"] == pytest.approx(sum(expected[1:-1]), abs=1e-9)
+
+
+def test_the_likelihood_of_missing_values_is_of_the_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = dataset(), tiny_model()
+    points, seen = data.batch(data.splits["test"]), completion_mask("half", (6, 6)).flatten()
+    part, whole = model.encode(points.with_mask(seen)), model.encode(points)
+    original, asked = VaMoH.iwae, []
+
+    def iwae(self: VaMoH, given: PointSet, **options: Any) -> Tensor:
+        if options.get("prior") is not None:
+            asked.append((given, options))
+        return original(self, given, **options)
+
+    monkeypatch.setattr(VaMoH, "iwae", iwae)
+    result = evaluate_model(model, data, samples=3, mask="half")
+    given, options = asked[0]
+    assert given.mask is not None and torch.equal(given.mask, ~seen) and options["proper"] and options["samples"] == 3
+    assert torch.allclose(options["prior"].mean, part.mean) and torch.allclose(options["prior"].std, part.std)
+    assert [torch.allclose(q.mean, p.mean) for q, p in zip(options["proposals"], (part, whole), strict=True)] == [
+        True
+    ] * 2
+    bound = original(model, given, **{**options, "samples": 2000, "generator": torch.Generator().manual_seed(1)})
+    # 18 missing points; by three samples the bound is a little lower.
+    few = result["completions"]["half"]["log_likelihood"]
+    assert few <= bound.mean().item() / 18 + 0.01 and few == pytest.approx(bound.mean().item() / 18, abs=0.3)
+    assert "log_likelihood" not in evaluate_model(model, data, samples=1, uncertainty=False)["completions"]["patch"]
+
+
+def test_masks_of_a_mixture_differ_between_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = dataset(count=8), tiny_model()
+    name = "posterior-matching-mnist"
+    masks = completion_mask(name, (6, 6), seed=1, count=3).flatten(1)
+    points = data.batch(data.splits["test"])
+    monkeypatch.setattr("vamoh.evaluate.MAX_POINTS", 72)  # two functions at a time
+    result = evaluate_model(model, data, samples=2, mask=name, seed=1)
+    enough = (masks.sum(1) >= model.min_points) & ~masks.all(1)
+    assert enough.any() and result.get("completion_left_out", []) == points_left_out(data, enough)
+    found = [
+        psnr(
+            model.reconstruct(points.part(slice(i, i + 1)).with_mask(masks[i])).mean,
+            points.values[i : i + 1],
+            ~masks[i],
+        )
+        for i in enough.nonzero()[:, 0].tolist()
+    ]
+    assert result["completion_psnr"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-4)
+
+
+def points_left_out(data: Dataset, enough: Tensor) -> list[int]:
+    left: list[int] = data.splits["test"][~enough].tolist()
+    return left
+
+
+def test_errors_on_a_sphere_are_weighed_by_area() -> None:
+    coords, shape = sphere_grid((5, 8)), (5, 8)
+    data = replace(dataset(shape, unit="K"), kind="sphere", coords=coords)
+    model = tiny_model(3)
+    result = evaluate_model(model, data, samples=1, uncertainty=False)
+    points = data.batch(data.splits["test"])
+    squared = (model.reconstruct(points).mean - points.values).square()[..., 0].numpy().reshape(5, *shape)
+    weights = np.cos(np.deg2rad(np.linspace(90, -90, 5)))[None, :, None]
+    expected = np.sqrt((squared * weights).sum((1, 2)) / (weights.sum() * 8)) * 120
+    assert result["weighted_rmse"] == pytest.approx(expected.mean(), rel=1e-4)
+    assert result["weighted_rmse"] != pytest.approx(result["rmse"], rel=1e-4)
 
 
 def test_terms_and_bits_are_consistent() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -68,3 +70,45 @@ def test_values_outside_the_unit_interval():
 def test_errors_name_the_argument(change, message):
     with pytest.raises(ValueError, match=f"^Likelihood: {message}"):
         Likelihood(**{"kind": "logistic", "components": 1, "channels": 1, **change})
+
+
+def test_drawn_levels_have_their_probabilities() -> None:
+    """Of the logistic, against the normalised probability of every 8-bit level."""
+    likelihood = Likelihood("logistic", 2, 1)
+    with torch.no_grad():
+        likelihood.raw_scale.copy_(torch.tensor([[-4.0], [-2.0]]))
+    levels = torch.arange(256) / 255
+    generator = torch.Generator().manual_seed(0)
+    for component, logit in ((0, 0.4), (1, -2.5), (1, 3.0)):
+        count, scale = 40_000, likelihood.scale[component, 0]
+        mean = torch.sigmoid(torch.tensor(logit)).expand(count, 1)
+        drawn = likelihood.sample(mean, torch.full((count,), component), generator)
+        found = (drawn[:, 0] * 255).round().long().bincount(minlength=256) / count
+        inner = torch.sigmoid((levels[:-1] + 1 / 510 - mean[0]) / scale)
+        expected = torch.diff(inner, prepend=torch.zeros(1), append=torch.ones(1))
+        deviation = (expected * (1 - expected) / count).sqrt()
+        assert ((found - expected).abs() <= 5 * deviation + 1e-4).all()
+
+
+@pytest.mark.parametrize("logit", [-200.0, -6.0, -0.5, 0.0, 1e-3, 2.0, 40.0])
+def test_drawn_values_of_the_continuous_bernoulli_have_its_distribution(logit: float) -> None:
+    """By the largest distance of the distribution functions (Kolmogorov); F(y) = (e^ly - 1) / (e^l - 1)."""
+    likelihood, count = Likelihood("continuous_bernoulli", 1, 1), 20_000
+    mean = likelihood.mean(torch.full((count, 1), logit))
+    drawn = likelihood.sample(mean, torch.zeros(count, dtype=torch.int64), torch.Generator().manual_seed(0))
+    y = drawn[:, 0].double().sort().values
+    steps = (torch.arange(count) + 0.5) / count
+    if abs(logit) < 1e-2:
+        exact = y
+    elif logit > 0:
+        exact = (torch.exp(logit * (y - 1)) - math.exp(-logit)) / -math.expm1(-logit)
+    else:
+        exact = torch.expm1(logit * y) / math.expm1(logit)
+    assert (exact - steps).abs().max() < 1.95 / math.sqrt(count)  # exceeded once in 1000
+
+
+def test_drawn_bits_are_ones_as_often_as_their_mean() -> None:
+    mean = torch.tensor([0.0, 0.2, 1.0]).repeat(10_000, 1)
+    drawn = Likelihood("bernoulli", 1, 3).sample(mean, torch.zeros(10_000, dtype=torch.int64))
+    assert drawn.unique().tolist() == [0.0, 1.0]
+    assert drawn.mean(0).tolist() == pytest.approx([0.0, 0.2, 1.0], abs=0.02)

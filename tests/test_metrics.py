@@ -36,6 +36,39 @@ def test_rmse_is_in_natural_units() -> None:
     assert metrics.rmse(prediction, target, span=120.0).item() == pytest.approx(120 * 0.25)
 
 
+def test_rmse_by_area_of_a_sphere() -> None:
+    target, prediction = torch.zeros(1, 3, 1), torch.tensor([[[0.3], [0.6], [0.5]]])
+    weight = torch.tensor([1.0, 0.5, 0.0])
+    expected = math.sqrt((0.09 + 0.5 * 0.36) / 1.5)
+    assert metrics.rmse(prediction, target, weight=weight).item() == pytest.approx(expected)
+    seen = torch.tensor([False, True, True])
+    assert metrics.rmse(prediction, target, seen, span=2.0, weight=weight).item() == pytest.approx(2 * 0.6)
+    with pytest.raises(ValueError, match=r"rmse: weight must have shape \[3\], got \[2\]"):
+        metrics.rmse(prediction, target, weight=weight[:2])
+
+
+def test_ranks_count_the_draws_below() -> None:
+    draws = torch.tensor([0.1, 0.5, 0.9])[:, None, None, None].expand(-1, 1, 4, 1)
+    target = torch.tensor([0.0, 0.2, 0.6, 1.0])[None, :, None]
+    assert metrics.ranks(draws, target).flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_ranks_among_equals_are_drawn() -> None:
+    draws = torch.tensor([0.0, 0.5, 0.5, 1.0])[:, None, None, None].expand(-1, 1, 3000, 1)
+    found = metrics.ranks(draws, torch.full((1, 3000, 1), 0.5), torch.Generator().manual_seed(0))
+    counts = found.flatten().bincount(minlength=5).tolist()
+    # Three places of 1000 expected counts; their standard deviation is 26.
+    assert counts[0] == counts[4] == 0 and all(abs(count - 1000) < 110 for count in counts[1:4])
+
+
+def test_ranks_of_what_is_drawn_alike_are_alike() -> None:
+    """Values of eight levels, so that many are equal."""
+    values = torch.randint(8, (5, 1, 20_000, 1), generator=torch.Generator().manual_seed(0)).float()
+    found = metrics.ranks(values[:4], values[4], torch.Generator().manual_seed(1))
+    counts = found.flatten().bincount(minlength=5)
+    assert (counts - 4000).abs().max() < 5 * math.sqrt(4000)
+
+
 def test_iou_counts_points_at_or_above_the_threshold() -> None:
     target = torch.tensor([[[1.0], [1.0], [0.0], [0.0]]])
     prediction = torch.tensor([[[0.5], [0.49], [0.9], [0.1]]])

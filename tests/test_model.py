@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import SIZES
 from vamoh import PointSet, VaMoH, generator, grid_coords
 from vamoh.gating import uniform
 from vamoh.geometry import Neighborhood
-from vamoh.latent import NormalPrior
+from vamoh.latent import NormalPrior, Posterior
 from vamoh.model import Noise
 from vamoh.ops import CounterNoise, inr_mixture, inr_mixture_mean
 from vamoh.ops._noise import counter_noise_reference
@@ -1182,3 +1183,66 @@ def test_complete_keeps_what_is_observed():
     shared = points.with_mask(masked.mask[0])
     assert torch.equal(model.complete(shared)[:, masked.mask[0]], points.values[:, masked.mask[0]])
     assert torch.equal(model.complete(points), points.values)
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "bernoulli", "continuous_bernoulli"])
+def test_values_with_noise_have_the_mean_that_is_decoded(likelihood: str) -> None:
+    """And components in the shares of p(c | x, z): by the law of large numbers, with scales that keep within [0, 1]."""
+    model = VaMoH(coord_dim=2, channels=1, **SIZES, likelihood=likelihood, scale=0.01).eval()
+    z = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    coords = grid_coords((3, 3))
+    generator = torch.Generator().manual_seed(1)
+    drawn = model.sample_values(z.repeat(4000, 1), coords, generator=generator).unflatten(0, (4000, 2))
+    assert drawn.shape == (4000, 2, 9, 1) and drawn.min() >= 0 and drawn.max() <= 1
+    expected = model.decode(z, coords).mean
+    deviation = drawn.std(0) / 4000**0.5
+    assert ((drawn.mean(0) - expected).abs() < 5 * deviation + 1e-3).all()
+    again = model.sample_values(z, coords, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(again, model.sample_values(z, coords, generator=torch.Generator().manual_seed(3)))
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_values_with_noise_come_from_the_component_drawn() -> None:
+    """Two components that are certain of 0 and of 1: values are either, in the shares of the prior over components."""
+    model = VaMoH(coord_dim=2, channels=1, **SIZES, scale=0.01).eval()
+    with torch.no_grad():
+        model.hypernet.weights[-1].zero_()
+        model.hypernet.biases[-1].zero_()
+        model.hypernet.biases[-1][:, -1] = torch.tensor([-9.0, 9.0])  # the bias of the last layer comes last
+    z, coords = torch.randn(1, 3, generator=torch.Generator().manual_seed(0)), grid_coords((2, 2))
+    drawn = model.sample_values(z.repeat(4000, 1), coords, generator=torch.Generator().manual_seed(1))
+    assert ((drawn < 0.2) | (drawn > 0.8)).all()
+    shares = (drawn > 0.5).float().mean(0)[:, 0]
+    assert torch.allclose(shares, model.decode(z, coords).pi[0, :, 1], atol=0.04)
+
+
+def test_the_bound_of_a_completion_by_quadrature() -> None:
+    """log ∫ q(z | seen) p(hidden | z) dz of one latent dimension, summed over a grid of z; whatever the proposals."""
+    model = VaMoH(coord_dim=2, channels=1, **{**SIZES, "latent_dim": 1}, scale=0.3).eval()
+    values = torch.rand(2, 36, 1, generator=torch.Generator().manual_seed(0))
+    points, seen = PointSet(grid_coords((6, 6)), values), torch.arange(36) < 20
+    part, whole = model.encode(points.with_mask(seen)), model.encode(points)
+    hidden = points.with_mask(~seen)
+    axis = torch.linspace(-8, 8, 801)
+    total = []
+    for at in axis:
+        certain = Posterior(at.expand(2, 1), torch.full((2, 1), 1e-6))
+        # One draw of a narrow proposal is p(hidden | z) there, up to the densities of prior and proposal.
+        log_q = part.log_prob(at.expand(2, 1))
+        flat = model.iwae(
+            hidden, samples=1, proposals=[certain], prior=certain, generator=torch.Generator().manual_seed(0)
+        )
+        total.append(flat + log_q)
+    expected = torch.stack(total).logsumexp(0) + math.log(16 / 800)
+    wide = Posterior(part.mean + 0.3, part.std * 1.5)
+    for proposals in ([part], [part, whole], [wide, part, whole]):
+        found = model.iwae(
+            hidden, samples=3001, proposals=proposals, prior=part, generator=torch.Generator().manual_seed(2)
+        )
+        assert torch.allclose(found, expected, atol=0.03), (found, expected)
+    single = model.iwae(hidden, samples=1, proposals=[part, whole], prior=part, generator=torch.Generator())
+    assert torch.isfinite(single).all()
+    with pytest.raises(TypeError, match="iwae: prior must be Posterior or None"):
+        model.iwae(hidden, prior=torch.zeros(2, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="proposals.mean must have shape"):
+        model.iwae(hidden, proposals=[Posterior(torch.zeros(3, 1), torch.ones(3, 1))])

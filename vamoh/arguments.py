@@ -123,7 +123,8 @@ class Complete(Choice):
     files: Files = field(default=(), kw_only=True)
     mask: str | None = None
     """patch: a hole in the centre; half: only the left half is seen; outside: only the centre is seen;
-    random:RATE: points are missing with that probability; or a .npy or .png file, white or True where seen;
+    random:RATE: points are missing with that probability; posterior-matching-mnist, posterior-matching-celeba,
+    vaeac-celeba: those papers' masks, drawn for each function; or a .npy or .png file, white or True where seen;
     default: patch, and for FILEs what is missing in them"""
     draws: int | None = None
     """also show so many completions, each by a draw of what was not seen, and their standard deviation"""

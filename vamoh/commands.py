@@ -45,7 +45,7 @@ from vamoh.config import Config, load_run_config
 from vamoh.data import Dataset, Domain, open_dataset
 from vamoh.data.function import Function, read_function
 from vamoh.distributed import init_process_group
-from vamoh.evaluate import completable, evaluate_model, infer, observe, split_indices, subsample
+from vamoh.evaluate import completable, evaluate_model, infer, observe, point_masks, split_indices, subsample
 from vamoh.export import FORMATS, export_model
 from vamoh.figures import Column, Look
 from vamoh.generator import Reconstruction
@@ -230,10 +230,13 @@ def complete(given: Complete) -> str:
         return _of_files(opened, given.out, "complete", given.files, mask=given.mask, draws=given.draws)
     indices = _chosen(opened, given)
     mask, draws = given.mask or "patch", given.draws
-    seen = completion_mask(mask, opened.dataset.shape, seed=given.seed).flatten().to(opened.device)
+    every = point_masks(mask, opened.dataset.shape, len(indices), given.seed).to(opened.device)
+    masks = iter(every if every.dim() == 2 else every.expand(len(indices), -1))
     generator = torch.Generator(opened.device).manual_seed(given.seed)
 
     def one(points: PointSet) -> dict[str, Array]:
+        each = torch.stack([next(masks) for _ in range(points.batch)])
+        seen = each if every.dim() == 2 else every
         partial = observe(points, seen)
         left = partial.observed()[0]
         if left < opened.model.min_points:
@@ -400,6 +403,7 @@ def summarize(run: Run) -> str:
         num_points=run.config.train.num_points,
         seed=run.seed,
         progress=True,
+        uncertainty=False,
     )
     paths.append(_save_json(run.folder / "evaluation.json", result))
     return f"{table(result)}\n{_written(*paths)}"
@@ -409,17 +413,22 @@ def table(result: Mapping[str, Any]) -> str:
     """Lay out an evaluation as lines of name, value and unit."""
     unit, given = result.get("unit", ""), result["completion_mask"]
     completions = result.get("completions", {})
-    best = {"best_psnr": completions[given]["best_psnr"]} if given in completions else {}
+    names = ("best_psnr", "log_likelihood", "coverage")
+    best = {f"completion_{name}": completions[given][name] for name in names if name in completions.get(given, {})}
     others = {name: scores["psnr"] for name, scores in completions.items() if name != given}
     result = {**result, **best, **others}
     rows = [
         ("reconstruction PSNR", "psnr", "dB"),
         ("  from z alone", "latent_psnr", "dB"),
         ("reconstruction RMSE", "rmse", unit),
+        ("  by area", "weighted_rmse", unit),
         ("reconstruction IoU", "iou", ""),
         (f"completion PSNR ({result['completion_mask']})", "completion_psnr", "dB"),
-        ("  best of 8 draws", "best_psnr", "dB"),
+        ("  best of 8 draws", "completion_best_psnr", "dB"),
+        ("  log-likelihood", "completion_log_likelihood", "nats per hidden point"),
+        ("  in the central 90 % of draws", "completion_coverage", ""),
         (f"completion RMSE ({result['completion_mask']})", "completion_rmse", unit),
+        ("  by area", "completion_weighted_rmse", unit),
         (f"completion IoU ({result['completion_mask']})", "completion_iou", ""),
         *((f"completion PSNR ({name})", name, "dB") for name in others),
         ("ELBO", "elbo", "nats"),

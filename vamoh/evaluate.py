@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +14,7 @@ from vamoh._checks import check_positive, check_seed, check_type
 from vamoh._progress import Progress
 from vamoh._shown import shown
 from vamoh.data import Dataset
-from vamoh.masks import completion_mask
+from vamoh.masks import MIXTURES, completion_mask
 from vamoh.metrics import MAX_PSNR
 from vamoh.model import VaMoH
 from vamoh.points import PointSet
@@ -21,6 +22,8 @@ from vamoh.points import PointSet
 COMPLETIONS = ("patch", "half", "outside", "random:0.5")
 """Masks that every evaluation completes."""
 DRAWS = 8
+RANKED = 19
+"""Draws with observation noise among which a value is ranked: between the least and the greatest lie 90 %."""
 # Points of one batch, which bounds the memory.
 MAX_POINTS = 2**18
 
@@ -65,15 +68,22 @@ def infer(model: VaMoH, points: PointSet, num_points: int | None, generator: tor
 
 
 def observe(points: PointSet, seen: Tensor | None) -> PointSet:
-    """Restrict what is observed to `seen` [N] bool; None leaves it as it is."""
+    """Restrict what is observed to `seen` [N] or [B, N] bool; None leaves it as it is."""
     if seen is None:
         return points
     seen = seen.to(points.values.device)
     return points.with_mask(seen if points.mask is None else points.mask & seen)
 
 
+def point_masks(name: str, shape: tuple[int, ...], count: int, seed: int) -> Tensor:
+    """`completion_mask` of the points of a grid: [N] for all of `count` functions, of a mixture [count, N]."""
+    if name in MIXTURES:
+        return completion_mask(name, shape, seed=seed, count=count).flatten(1)
+    return completion_mask(name, shape, seed=seed).flatten()
+
+
 def completable(points: PointSet, seen: Tensor, at_least: int) -> Tensor:
-    """Which functions have observed points that `seen` [N] hides, and `at_least` that it shows, [B] bool."""
+    """Which functions have observed points that `seen` [N] or [B, N] hides, and `at_least` that it shows, [B] bool."""
     observed = torch.ones_like(points.values[..., 0], dtype=torch.bool) if points.mask is None else points.mask
     seen = seen.to(observed.device)
     shown, hidden = (observed & seen).sum(-1), (observed & ~seen).any(-1)
@@ -93,6 +103,7 @@ def evaluate_model(
     num_points: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    uncertainty: bool = True,
 ) -> dict[str, Any]:
     """Measure a model on a split; averages over its functions.
 
@@ -105,11 +116,17 @@ def evaluate_model(
     normalised probability of 8-bit values for the logistic; a density's for the continuous Bernoulli); psnr (dB) and
     mse of the reconstruction, in which the components know the values; latent_psnr (dB) from z alone, the components by
     p(c | x, z); completion_mask, completion_psnr (dB, missing points only). Voxels add iou and completion_iou
-    (threshold 0.5); data with a unit add rmse, completion_rmse and unit. completion_left_out lists the functions of
+    (threshold 0.5); data with a unit add rmse, completion_rmse and unit, and on a sphere weighted_rmse and
+    completion_weighted_rmse, by the cosine of the latitude. completion_left_out lists the functions of
     which the mask hides no observed point, or leaves fewer than the encoder needs; where it lists all, there is no
     completion to measure.
     completions: of the mask and each of `COMPLETIONS`, over the missing points: psnr (dB), as completion_psnr;
     best_psnr (dB), of the best of 8 draws of z; crps of these draws, see `metrics.crps`; functions, their number.
+    uncertainty adds to them, of the functions of the importance-weighted bound: log_likelihood, nats per missing point,
+    an importance-weighted bound of what the completion says of them (docs/model.md); ranks, the shares of missing
+    values of rank 0 to 19 among 19 draws with observation noise, see `metrics.ranks`, alike where the draws are right;
+    coverage, that of missing values from the least to the greatest of these draws: a right model's have 90 %, more
+    where values and draws are often equal.
     Raises ValueError for an unknown split or mask.
     """
     check_type("evaluate", "model", model, VaMoH)
@@ -123,7 +140,8 @@ def evaluate_model(
     indices = split_indices(dataset, split, count=count)
     weighted = split_indices(dataset, split, count=importance_count if importance_count is not None else count)
     shape = dataset.shape or (dataset.points,)
-    masks = {name: seen.flatten().to(device) for name, seen in _masks(mask, shape, seed).items()}
+    most = max(len(indices), len(weighted))
+    masks = {name: seen.to(device) for name, seen in _masks(mask, shape, most, seed).items()}
     # None: a bar on a terminal only.
     quiet = None if progress else True
     noise = torch.Generator(device=device).manual_seed(seed)
@@ -147,6 +165,9 @@ def evaluate_model(
         if dataset.units[0]:
             span = dataset.units[2] - dataset.units[1]
             collect(**{f"{prefix}rmse": metrics.rmse(mean, target, where, span=span)})
+            if dataset.kind == "sphere":
+                area = (1 - points.coords[:, 2].square()).clamp(min=0).sqrt()  # cosine of the latitude
+                collect(**{f"{prefix}weighted_rmse": metrics.rmse(mean, target, where, span=span, weight=area)})
 
     def complete(name: str, points: PointSet, seen: Tensor) -> None:
         partial, hidden = observe(points, seen), ~seen if points.mask is None else points.mask & ~seen
@@ -163,6 +184,42 @@ def evaluate_model(
         scores["best_psnr"].append(best.clamp(max=MAX_PSNR).double().cpu())
         scores["crps"].append(metrics.crps(draws, points.values, hidden).double().cpu())
 
+    def judge(name: str, points: PointSet, seen: Tensor) -> None:
+        if name not in completions:
+            return
+        partial, hidden = observe(points, seen), ~seen if points.mask is None else points.mask & ~seen
+        q = model.encode(subsample(partial, num_points, choice, model.min_points))
+        whole = model.encode(subsample(points, num_points, choice, model.min_points))
+        missing = points.with_mask(hidden)
+        bound = model.iwae(missing, samples=samples, generator=noise, proper=True, proposals=(q, whole), prior=q)
+        z = torch.cat([q.sample(torch.randn(q.mean.shape, generator=latents, device=device)) for _ in range(RANKED)])
+        coords = points.coords if points.coords.dim() == 2 else points.coords.repeat(RANKED, 1, 1)
+        draws = model.sample_values(z, coords, generator=latents).unflatten(0, (RANKED, -1))
+        inside = ((points.values >= draws.amin(0)) & (points.values <= draws.amax(0))).double().mean(-1)
+        rank = metrics.ranks(draws, points.values, latents)
+        shares = torch.stack([(rank == i).double().mean(-1) for i in range(RANKED + 1)], -1)  # [B, N, S + 1]
+        counted = hidden.double().expand(points.batch, -1)
+        shares = (shares * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
+        scores = completions[name]
+        scores.setdefault("log_likelihood", []).append((bound / counted.sum(1)).double().cpu())
+        scores.setdefault("coverage", []).append(((inside * counted).sum(1) / counted.sum(1)).cpu())
+        scores.setdefault("ranks", []).append(shares.cpu())
+
+    def by_masks(start: int, points: PointSet, do: Callable[[str, PointSet, Tensor], None]) -> Tensor:
+        """Do it for every mask with the functions that it leaves enough of; which ones `mask` does not, [B] bool."""
+        without = torch.zeros(points.batch, dtype=torch.bool)
+        for name, every in masks.items():
+            seen = every if every.dim() == 1 else every[start : start + points.batch]
+            can = completable(points, seen, model.min_points)
+            without = ~can.cpu() if name == mask else without
+            if can.all():
+                do(name, points, seen)
+            elif can.any():
+                chosen = can.nonzero()[:, 0]
+                do(name, points.part(chosen), seen if seen.dim() == 1 else seen[chosen])
+        return without
+
+    done = 0
     for part in Progress(torch.split(indices, batch_size), desc="evaluate", disable=quiet, leave=False):
         points = model.prepare(dataset.batch(part))
         terms = model.elbo(subsample(points, num_points, choice, model.min_points), generator=noise)
@@ -171,19 +228,20 @@ def evaluate_model(
         compare("", model.reconstruct(points, z=z).mean, points, points.mask)
         from_z = model.decode(z, points.coords, with_pi=False).mean
         collect(latent_psnr=metrics.psnr(from_z, points.values, points.mask).clamp(max=MAX_PSNR))
-        for name, seen in masks.items():
-            can = completable(points, seen, model.min_points)
-            left_out += part[~can.cpu()].tolist() if name == mask else []
-            if can.any():
-                whole = points if can.all() else points.part(can.nonzero()[:, 0])
-                complete(name, whole, seen)
+        left_out += part[by_masks(done, points, complete)].tolist()
+        done += len(part)
 
+    done = 0
     for part in Progress(torch.split(weighted, batch_size), desc="bits per dimension", disable=quiet, leave=False):
-        points = subsample(model.prepare(dataset.batch(part)), num_points, choice, model.min_points)
+        whole = model.prepare(dataset.batch(part))
+        points = subsample(whole, num_points, choice, model.min_points)
         bound = model.iwae(points, samples=samples, generator=noise, proper=True)
         observed = points.values.new_tensor(points.count) if points.mask is None else points.mask.sum(-1)
         bits = metrics.bits_per_dim(bound * (points.count / observed), points.count, points.channels)
         collect(importance_bound=bound, bits_per_dim=bits)
+        if uncertainty:
+            by_masks(done, whole, judge)
+        done += len(part)
 
     average = {name: torch.cat(parts).mean().item() for name, parts in columns.items()}
     return {
@@ -201,15 +259,17 @@ def evaluate_model(
     }
 
 
-def _masks(mask: str, shape: tuple[int, ...], seed: int) -> dict[str, Tensor]:
-    """The mask of that name, and those of `COMPLETIONS`, but for those that this grid is too small for."""
-    masks = {mask: completion_mask(mask, shape, seed=seed)}
+def _masks(mask: str, shape: tuple[int, ...], count: int, seed: int) -> dict[str, Tensor]:
+    """The mask of that name, and those of `COMPLETIONS`, but for those that this grid is too small for: [N] for all
+    functions, of mixtures [count, N].
+    """
+    masks = {mask: point_masks(mask, shape, count, seed)}
     for name in COMPLETIONS:
         with suppress(ValueError):
-            masks.setdefault(name, completion_mask(name, shape, seed=seed))
+            masks.setdefault(name, point_masks(name, shape, count, seed))
     return masks
 
 
-def _averages(scores: dict[str, list[Tensor]]) -> dict[str, float]:
+def _averages(scores: dict[str, list[Tensor]]) -> dict[str, Any]:
     values = {name: torch.cat(parts) for name, parts in scores.items()}
-    return {"functions": len(values["psnr"]), **{name: value.mean().item() for name, value in values.items()}}
+    return {"functions": len(values["psnr"]), **{name: value.mean(0).tolist() for name, value in values.items()}}

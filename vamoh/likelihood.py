@@ -72,6 +72,24 @@ class Likelihood(nn.Module):
         """Mean of the component at the coordinate network's outputs [...]."""
         return op.mean(self.op, logits)
 
+    def sample(self, mean: Tensor, component: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Values [..., C] in [0, 1] from components [...] int64 with means [..., C]; the logistic gives 8-bit levels.
+
+        By the inverse of the distribution function at one uniform number per value, drawn by `generator`.
+        """
+        device = generator.device if generator else mean.device
+        uniform = torch.rand(mean.shape, generator=generator, dtype=torch.float64, device=device).to(mean.device)
+        if self.op.kind == "bernoulli":
+            return (uniform < mean).to(mean)
+        if self.op.kind == "logistic":
+            uniform = uniform.clamp(1e-12, 1 - 1e-12)
+            value = mean + self.scale[component] * (uniform / (1 - uniform)).log()
+            return ((value.clamp(0, 1) * 255).round() / 255).to(mean)
+        # Density ∝ e^(l y); with a = |l|, and y counted from the end where the density is high.
+        steepness = _steepness(torch.where(mean > 0.5, 1 - mean, mean).double())
+        inward = -(uniform + (1 - uniform) * (-steepness).exp()).log() / steepness
+        return torch.where(mean > 0.5, 1 - inward, inward).clamp(0, 1).to(mean)
+
     def check_values(self, low: float, high: float) -> None:
         """Raise ValueError unless the values, from low to high, lie in [0, 1]."""
         if low < 0 or high > 1:
@@ -79,3 +97,13 @@ class Likelihood(nn.Module):
                 f"elbo: values must lie in [0, 1] for the {self.op.kind} likelihood, "
                 f"got values from {low:g} to {high:g}"
             )
+
+
+def _steepness(mean: Tensor) -> Tensor:
+    """a > 0 for which the density ∝ e^(-a y) on [0, 1] has this mean, at most 1/2; 1e-3 at least. By bisection."""
+    low, high = torch.full_like(mean, 1e-3), torch.full_like(mean, 1e9)
+    for _ in range(60):
+        middle = (low * high).sqrt()
+        above = 1 / middle - 1 / torch.expm1(middle) > mean  # too flat
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low * high).sqrt()

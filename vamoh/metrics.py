@@ -22,14 +22,22 @@ def mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tenso
     return _mean_square("mse", prediction, target, mask)
 
 
-def rmse(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, span: float = 1.0) -> Tensor:
+def rmse(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    span: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Root mean squared error over points and channels, [B], times `span`.
 
     With `span` the natural units that one unit of the values stands for (high - low), the result is in those units.
-    Every grid point weighs the same; the rest is as in `mse`.
+    weight: [N], at least 0, such as the cosine of the latitude, which makes areas of a sphere count alike; by default
+    every grid point weighs the same. The rest is as in `mse`.
     """
     check_number("rmse", "span", span)
-    return _mean_square("rmse", prediction, target, mask).sqrt() * span
+    return _mean_square("rmse", prediction, target, mask, weight).sqrt() * span
 
 
 def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -54,6 +62,20 @@ def crps(draws: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     spread = (draws.sort(0).values * rank.view(-1, 1, 1, 1)).sum(0) / count**2
     score = ((draws - target).abs().mean(0) - spread).sum(-1)
     return (score * weight).sum(1) / (weight.sum(1) * target.shape[-1])
+
+
+def ranks(draws: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """How many of S draws [S, B, N, C] lie below each value [B, N, C]: int64 from 0 to S.
+
+    Among draws that equal the value its place is drawn by `generator`. Where draws and value are of one distribution
+    every rank is as likely (Hamill 2001, "Interpretation of rank histograms").
+    """
+    check_tensor("ranks", "draws", draws, ["S", "B", "N", "C"], dtypes=FLOATING)
+    check_tensor("ranks", "target", target, list(draws.shape[1:]), like=draws)
+    below, equal = (draws < target).sum(0), (draws == target).sum(0)
+    device = generator.device if generator else target.device
+    place = torch.rand(target.shape, generator=generator, dtype=torch.float64, device=device).to(target.device)
+    return below + (place * (equal + 1)).long().clamp(max=equal)
 
 
 def iou(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, threshold: float = 0.5) -> Tensor:
@@ -81,8 +103,13 @@ def bits_per_dim(log_likelihood: Tensor, points: int, channels: int) -> Tensor:
     return -log_likelihood / (values * math.log(2))
 
 
-def _mean_square(where: str, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+def _mean_square(
+    where: str, prediction: Tensor, target: Tensor, mask: Tensor | None, by: Tensor | None = None
+) -> Tensor:
     weight = _weight(where, prediction, target, mask)
+    if by is not None:
+        check_tensor(where, "weight", by, [target.shape[1]], like=target)
+        weight = weight * by
     squared = (prediction - target).square().sum(-1)
     return (squared * weight).sum(1) / (weight.sum(1) * target.shape[-1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -389,22 +390,33 @@ class VaMoH(nn.Module):
         neighborhoods: Neighborhoods | None = None,
         generator: torch.Generator | None = None,
         proper: bool = False,
+        proposals: Sequence[Posterior] = (),
+        prior: Posterior | None = None,
     ) -> Tensor:
         """Importance-weighted bound [B] in nats of log p(observed values), by `samples` draws of z; no gradient.
 
-        The components are summed out exactly. `proper` scores 8-bit values with a normalised probability over 256
-        levels, whatever bins the model was trained with (logistic only): what bits per dimension need.
+        The components are summed out exactly. proposals: draw z from them in turn, not from
+        q(z | observed values). prior: take it for p(z). With q(z | what was seen) for the prior, and the hidden points
+        observed, this is a bound of the probability that a completion gives to the hidden values. `proper` scores
+        8-bit values with a normalised probability over 256 levels, whatever bins the model was trained with (logistic
+        only): what bits per dimension need.
         """
         self._check_points(points)
         check_positive("iwae", "samples", samples)
         check_type("iwae", "proper", proper, bool)
         points = self._compact(points)
         self._check_values(points)
-        place = self._geometry(points, neighborhoods)
-        posterior = self._posterior(points, place)
+        check_type("iwae", "proposals", proposals, tuple, list)
+        for name, given in (*(("proposals", q) for q in proposals), ("prior", prior)):
+            check_type("iwae", name, given, *(Posterior, type(None))[: 1 if name == "proposals" else 2])
+            if given is not None:
+                check_tensor("iwae", f"{name}.mean", given.mean, [points.batch, self.latent_dim], like=points.values)
+        place = self._geometry(points, neighborhoods, search=not proposals)
+        proposals = proposals or [self._posterior(points, place)]
+        shares = [len(range(i, samples, len(proposals))) / samples for i in range(len(proposals))]
         log_weights = []
-        for _ in range(samples):
-            z = posterior.sample(self._randn(points.batch, generator=generator))
+        for i in range(samples):
+            z = proposals[i % len(proposals)].sample(self._randn(points.batch, generator=generator))
             log_likelihood = marginal_log_likelihood(
                 self.hypernet(z),
                 place.features,
@@ -416,7 +428,10 @@ class VaMoH(nn.Module):
                 proper,
                 place.mirror,
             )
-            log_weights.append(log_likelihood + self._prior_z.log_prob(z) - posterior.log_prob(z))
+            log_prior = self._prior_z.log_prob(z) if prior is None else prior.log_prob(z)
+            # Weighed by the mixture of all proposals, in which each has its share of the draws.
+            log_q = [q.log_prob(z) + math.log(share) for q, share in zip(proposals, shares, strict=True) if share]
+            log_weights.append(log_likelihood + log_prior - torch.stack(log_q).logsumexp(0))
         return importance_bound(torch.stack(log_weights))
 
     @overload
@@ -535,6 +550,30 @@ class VaMoH(nn.Module):
     def sample(self, count: int, coords: Tensor, *, generator: torch.Generator | None = None) -> Reconstruction:
         """`count` new functions from the prior, at coords [M, D]; means, without observation noise."""
         return self.decode(self.sample_prior(count, generator=generator), coords)
+
+    @torch.no_grad()
+    def sample_values(self, z: Tensor, coords: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Values [B, M, C] of functions of latents z [B, Z] at coords [M, D] or [B, M, D], with observation noise.
+
+        At every point a component is drawn from p(c | x, z), then a value from p(y | x, z, c).
+        """
+        check_tensor("sample_values", "z", z, ["B", self.latent_dim], like=self.encoder.head.weight)
+        check_type("sample_values", "generator", generator, torch.Generator, type(None))
+        self._check_coords("sample_values", coords, z.shape[0])
+        device = generator.device if generator else z.device
+        shape = (len(z), self.components, coords.shape[-2])
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=device).to(z.device)
+        ahead = -(-uniform.clamp(min=1e-300).log()).log()  # Gumbel noise: the largest sum is a draw by log_p
+        component = torch.zeros(shape[0], shape[2], dtype=torch.int64, device=z.device)
+
+        def choose(log_p: Tensor, index: Part) -> Tensor:
+            component[:, index] = (log_p + ahead[:, :, index]).argmax(1)
+            return torch.full_like(ahead[:, :, index], -math.inf, dtype=z.dtype).scatter(
+                1, component[:, None, index], 0.0
+            )
+
+        mean = self._decode(self.hypernet(z), z, coords, False, with_pi=False, choose=choose).mean
+        return self.likelihood.sample(mean, component, generator)
 
     @torch.no_grad()
     def sample_prior(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -672,10 +711,12 @@ class VaMoH(nn.Module):
         progress: bool,
         posterior: tuple[Tensor, Tensor, Tensor] | None = None,
         with_pi: bool = True,
+        choose: Callable[[Tensor, Part], Tensor] | None = None,
     ) -> Reconstruction:
         """Decode with the prior over components, or the posterior where `posterior` has an observed point.
 
-        posterior: log-probabilities [B, K, N], observed [B, N], positions [N] in coords.
+        posterior: log-probabilities [B, K, N], observed [B, N], positions [N] in coords. choose: what to take instead
+        of the prior's log-probabilities [B, K, m] or [B, K, 1] at m points.
         """
 
         given = None
@@ -686,7 +727,7 @@ class VaMoH(nn.Module):
         def log_pi(features: Tensor, index: Part) -> Tensor:
             log_p = self._log_prior_c(features, z)
             if posterior is None or given is None:
-                return log_p
+                return log_p if choose is None else choose(log_p, index)
             known, observed, _ = posterior
             here = given[index]
             point = here.clamp(min=0)
