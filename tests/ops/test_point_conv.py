@@ -62,8 +62,8 @@ def test_matches_loops(size, shared):
     arguments = inputs(*size, shared)
     expected = loops(*arguments)
     torch.testing.assert_close(point_conv(*arguments), expected, rtol=1e-12, atol=1e-12)
-    single = point_conv(*(t if t.dtype == torch.int64 else t.float() for t in arguments)).double()
-    assert (single - expected).norm() <= 1e-6 * expected.norm()
+    grad = torch.ones_like(expected)
+    assert near_float64(run(single(arguments), grad.float(), 1.0), arguments, grad, 1.0)
 
 
 @pytest.mark.parametrize("slope", [1.0, 0.2, 0.0])
@@ -89,11 +89,26 @@ def gradient(size: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=(size[0], size[2], size[6])))
 
 
+def gradient_off_kinks(arguments: list[Tensor]) -> Tensor:
+    """One that leaves out what lies at the kink of the output, where float32 may be on either side."""
+    out = point_conv(*arguments)
+    grad = torch.from_numpy(np.random.default_rng(0).normal(size=out.shape))
+    return grad * (out.abs() > 1e-5 * out.square().mean().sqrt())
+
+
+def near_float64(results: list[Tensor], arguments: list[Tensor], grad: Tensor, slope: float = 0.2) -> bool:
+    """Whether these are the results of `run`. Squares of all factors give the sums of the squares of the terms."""
+    factor = torch.where(point_conv(*arguments) > 0, 1.0, slope)
+    squares = [t if t.dtype == torch.int64 else t.square() for t in arguments]
+    sizes = [float(t.sum()) ** 0.5 for t in run(squares, (factor * grad).square(), 1.0)]
+    return near_sums(results, run(arguments, grad, slope), sizes)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", LARGER)
 def test_native_matches_float64(size, shared, isas, monkeypatch):
-    arguments, grad = inputs(*size, shared), gradient(size)
-    expected, threads = run(arguments, grad), torch.get_num_threads()
+    arguments, threads = inputs(*size, shared), torch.get_num_threads()
+    grad = gradient_off_kinks(arguments)
     for isa in isas:
         monkeypatch.setenv("VAMOH_ISA", isa)
         results = []
@@ -101,22 +116,24 @@ def test_native_matches_float64(size, shared, isas, monkeypatch):
             torch.set_num_threads(n)
             results.append(run(single(arguments), grad.float(), backend="cpu"))
         torch.set_num_threads(threads)
-        assert near_sums(results[0], expected)
+        assert near_float64(results[0], arguments, grad)
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", LARGER)
 def test_every_backend_matches_float64(size, shared, backend):
-    arguments, grad = inputs(*size, shared), gradient(size)
-    assert near_sums(run(single(arguments), grad.float(), backend=backend), run(arguments, grad))
+    arguments = inputs(*size, shared)
+    grad = gradient_off_kinks(arguments)
+    assert near_float64(run(single(arguments), grad.float(), backend=backend), arguments, grad)
 
 
 @pytest.mark.parametrize("slope", [1.0, 0.0])
 @pytest.mark.parametrize("size", [LARGER[4], LARGER[5]])
 def test_activations(size, slope, backend):
-    arguments, grad = inputs(*size, True), gradient(size)
-    assert near_sums(run(single(arguments), grad.float(), slope, backend=backend), run(arguments, grad, slope))
+    arguments = inputs(*size, True)
+    grad = gradient_off_kinks(arguments)
+    assert near_float64(run(single(arguments), grad.float(), slope, backend=backend), arguments, grad, slope)
 
 
 @pytest.mark.parametrize("size", [LARGER[4], LARGER[5]])
