@@ -493,7 +493,7 @@ def test_output_on_any_terminal(
     assert (out / "evaluation.json").is_file()
 
 
-@pytest.mark.parametrize("moment", ["half a figure", "the evaluation"])
+@pytest.mark.parametrize("moment", ["half a figure", pytest.param("the evaluation", marks=pytest.mark.slow)])
 def test_ctrl_c_after_training(
     moment: str,
     tmp_path: Path,
@@ -546,6 +546,7 @@ def test_output_that_nobody_reads(command: str) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk")
 def test_output_that_finds_no_space() -> None:
     with open("/dev/full", "w") as full:

@@ -107,6 +107,7 @@ def test_one_component_leaves_nothing_to_sum_out() -> None:
     assert torch.equal(model.elbo(points, noise=noise).elbo, network.elbo(points, noise=noise).elbo)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     torch._dynamo.reset()
     model, points = build(), grid()

@@ -74,6 +74,7 @@ def test_a_reader_that_hangs_or_dies(
     assert str(error.value).startswith(f"{file}: must be a readable {kind}, {message}")
 
 
+@pytest.mark.slow
 def test_damage_to_zarr(tmp_path: Path) -> None:
     """Of a store as of a file: an error that names it, whatever its metadata say."""
     xarray, _ = pytest.importorskip("xarray"), pytest.importorskip("zarr")

@@ -257,6 +257,7 @@ def test_every_function_and_sample_is_its_own(device):
     torch.testing.assert_close(torch.cat([planar_flow_log_prob(z[i : i + 1], single) for i in (0, 20)]), each[[0, 20]])
 
 
+@pytest.mark.slow
 def test_strided_and_shared_arguments(device):
     mean, std, flow, upstream = flow_case(9, 4, 6, 5)
     noise = counter_noise_reference(torch.tensor(0), range(9), 4, 6)
