@@ -119,6 +119,7 @@ def test_no_lattice():
     coords = grid_coords((28, 28))
     coords[100, 1] += 1e-4
     assert find_lattice(coords) is None
+    assert find_lattice(1 + torch.arange(9.0, dtype=torch.float64)[:, None] * 2**-23) is None  # all within rounding
 
 
 @given(st.data())
@@ -187,6 +188,14 @@ def test_mirror_only_where_it_saves_work():
     assert find_mirror(coords, FourierFeatures(2, 0, 1.0, learn=False), ContentCache()) is None
     assert find_mirror(coords[:9], encoding, ContentCache()) is None
     assert find_mirror(coords[None], encoding, ContentCache()) is None
+
+
+def test_mirror_of_a_large_grid_is_not_remembered(monkeypatch):
+    coords, encoding, cache = grid_coords((6, 6)), FourierFeatures(2, 5, 1.0, learn=False), ContentCache()
+    expected = find_mirror(coords, encoding, cache)
+    monkeypatch.setattr(module, "_REMEMBERED", 35)
+    first, second = (find_mirror(coords, encoding, cache) for _ in range(2))
+    assert first is not second and torch.equal(first, expected) and torch.equal(second, expected)
 
 
 def distances(cells: Tensor, table: Tensor) -> Tensor:

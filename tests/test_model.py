@@ -347,6 +347,13 @@ def test_a_context_hides_points_from_the_encoder_alone(centroids, masked):
     every = points.mask if masked else torch.ones(3, 30, dtype=torch.bool)
     torch.testing.assert_close(result.log_likelihood, ((log_q.exp() * each).sum(1) * every).sum(1))
     torch.testing.assert_close(result.kl_c, ((log_q.exp() * (log_q - log_p)).sum(1) * every).sum(1))
+    seen = model.neighborhoods(points.with_mask(context if points.mask is None else points.mask & context))
+    torch.testing.assert_close(
+        terms(model, points, noise, context=context, neighborhoods=seen), terms(model, points, noise, context=context)
+    )
+    kept = (every & context)[:, every.any(0)]
+    for i, neighbors in enumerate(model.geometry(points, context=context).neighborhoods[0].neighbors):
+        assert kept[i, neighbors].all()
     shared = context[0]
     torch.testing.assert_close(
         terms(model, points, noise, context=shared), terms(model, points, noise, context=shared.expand(3, -1))

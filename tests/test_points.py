@@ -200,6 +200,10 @@ def test_every_sth_point_of_a_finer_grid_is_a_point_of_the_grid(shape, scale):
 def test_grid_errors():
     with pytest.raises(ValueError, match="^grid_coords: every size of shape must be at least 1, got 0"):
         grid_coords((3, 0))
+    with pytest.raises(ValueError, match="^grid_coords: shape must list at least one size, got none"):
+        grid_coords(())
+    with pytest.raises(ValueError, match=r"^sphere_grid: shape must be \(rows, columns\), got \(3,\)"):
+        sphere_grid((3,))
     with pytest.raises(TypeError, match="^grid_coords: scale must be an int, got 1.5"):
         grid_coords((3,), scale=1.5)
     with pytest.raises(ValueError, match="^sphere_grid: columns must be at least 1, got 0"):

@@ -131,6 +131,10 @@ def test_ramps(write: Write, kind: str, ours: Any) -> None:
     pairs = ["model.beta_c_scheduler", kind, "model.start_scheduler", "0", "model.end_scheduler", "5"]
     train = load_reference_config(write(), [*pairs, "model.beta_c", "0.5"]).config.train
     assert train.beta_c == BetaConfig(value=0.5, schedule=ours, end=5.0)
+    with pytest.raises(
+        ValueError, match="model.beta_z_scheduler must be one of Linear, Poly, Exp or None, got 'Cosine'"
+    ):
+        load_reference_config(write(), [*pairs, "model.beta_z_scheduler", "Cosine"])
 
 
 def test_a_limit_on_batches_shortens_epochs(write: Write) -> None:

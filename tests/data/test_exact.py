@@ -393,6 +393,12 @@ class TestNetcdf:
         with refuse(f"a.nc: t: {name} must hold numbers, got 'many'"):
             self.write(self.packed, {name: "many"})
 
+    def test_an_attribute_of_too_many_numbers(self) -> None:
+        with refuse("a.nc: t: valid_range must hold two numbers, got 3"):
+            self.write(self.packed, {"valid_range": np.array([1, 2, 3], "i2")})
+        with refuse("a.nc: t: scale_factor must be one finite number, got [1.0, 2.0]"):
+            self.write(self.packed, {"scale_factor": np.array([1.0, 2.0])})
+
     @pytest.mark.parametrize(
         ("names", "axes"),
         [

@@ -694,3 +694,24 @@ def test_sine_derivative_at_high_frequency():
     assert float(by_theta[0, 0, 0]) == pytest.approx(
         incoming * by_output * omega * 0.4 * math.cos(omega * 0.7 * 0.4), rel=1e-12
     )
+
+
+def test_sine_of_large_phases(isas, monkeypatch):
+    """Beyond the range in which kernels reduce a phase by themselves: sin(w x) of phases that are exact in float32."""
+    phases = torch.tensor([2.0**k * sign for k in (3, 17, 20, 22, 30, 60, 120) for sign in (1, -1)])
+    theta, features = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]]), phases[:, None]
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        result = inr_mixture(theta, features, Inr((1, 1, 1), "sine", omega=1.0), backend="cpu").flatten()
+        assert (result.double() - phases.double().sin()).abs().max() <= 1.2e-7
+
+
+def test_log_likelihoods_alone_give_no_gradient(backend):
+    theta, features, values, weights, scale = mixture_inputs(1, 2, 3, (2, 3, 1), dtype=torch.float32)
+    leaves = [theta.requires_grad_(), weights.requires_grad_(), scale.requires_grad_()]
+    value, log_p = inr_mixture_expected_log_likelihood(
+        theta, features, values, weights, scale, Inr((2, 3, 1)), LIKELIHOODS[0], backend=backend
+    )
+    assert value.requires_grad
+    if log_p.requires_grad:
+        assert torch.autograd.grad(log_p.sum(), leaves, allow_unused=True) == (None, None, None)

@@ -92,6 +92,8 @@ def test_layouts(backend):
     assert expected[0].transpose(0, 1).is_contiguous()
     shared = x[:1].expand(3, -1, -1)
     assert near_float64(run(shared, weight, bias, grad, backend=backend), shared, weight, bias, grad)
+    apart = torch.stack([x, x], -1)[..., 0]  # dense in no dimension
+    assert near_sums(run(apart, weight, bias, grad, backend=backend), [t.double() for t in expected])
     ones = torch.ones(()).expand(grad.shape)
     assert near_float64(run(x, weight, bias, ones, backend=backend), x, weight, bias, ones)
 

@@ -182,6 +182,8 @@ def test_mean_of_nothing():
             assert not torch.autograd.grad(out.sum(), features)[0].any()
     with pytest.raises(ValueError, match="^neighbor_mean: neighbors must hold at least 1 neighbour .*, got 0"):
         neighbor_mean(torch.ones(2, 4, 5), torch.zeros(2, 3, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="^neighbor_mean: neighbors must have batch 1 or 3, got 2"):
+        neighbor_mean(torch.ones(3, 4, 5), torch.zeros(2, 3, 1, dtype=torch.int64))
 
 
 def test_gradient_of_the_mean():
