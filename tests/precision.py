@@ -68,25 +68,30 @@ def near(
     return within(results, function(*arguments), allowed)
 
 
-def near_sums(results: Sequence[Tensor], exact: Sequence[Tensor], sizes: Sequence[float] | None = None) -> bool:
+def near_sums(
+    results: Sequence[Tensor], exact: Sequence[Tensor], sizes: Sequence[float] | None = None, factors: int = 2
+) -> bool:
     """Whether results are float32 sums of independent terms of either sign, none longer than their rows or columns.
 
     sizes: the root of the sum of the squares of each result's terms, where a result is of too few entries to be as
-    large as that.
+    large as that. factors: of a term.
     """
     terms = max(max(t.flatten(0, -2).shape) for t in exact if t.dim() > 1)
     sizes = [0.0] * len(exact) if sizes is None else sizes
     each = zip(exact, sizes, strict=True)
-    return within(results, exact, [independent(terms) * UNIT * max(float(e.detach().norm()), s) for e, s in each])
+    return within(
+        results, exact, [independent(terms, factors) * UNIT * max(float(e.detach().norm()), s) for e, s in each]
+    )
 
 
-def independent(terms: int) -> float:
+def independent(terms: int, factors: int = 2) -> float:
     """Units by which a float32 sum of so many independent terms of either sign may be off.
 
     The sum of k of n terms is √(k/n) of the result's size and rounds by a unit of it: √(n/2) units together where
-    roundings are independent (Higham and Mary 2019). Thrice that, and four for the products and the result.
+    roundings are independent (Higham and Mary 2019), and √(f - 1) for products of f factors. Thrice both, and one
+    for the result.
     """
-    return 3 * math.sqrt(terms / 2) + 4
+    return 3 * (math.sqrt(terms / 2) + math.sqrt(factors - 1)) + 1
 
 
 def operations(widths: Sequence[int]) -> int:

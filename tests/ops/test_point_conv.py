@@ -29,14 +29,19 @@ LARGER = [
 ]
 
 
+def rounded(array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.float().double() if tensor.is_floating_point() else tensor
+
+
 def inputs(b: int, n: int, m: int, s: int, c: int, q: int, o: int, shared: bool = False) -> list[Tensor]:
-    """Features, neighbours (some of them twice), weights, linear weight and bias."""
+    """Features, neighbours (some of them twice), weights, linear weight and bias: float32 numbers in float64."""
     g = np.random.default_rng([b, n, m, s, c, q, o])
     lead = 1 if shared else b
     features, weights = g.normal(size=(b, n, c)), g.normal(size=(lead, m, s, q))
     neighbors = g.integers(0, n, (lead, m, s))
     arrays = [features, neighbors, weights, g.normal(size=(o, c * q)), g.normal(size=o)]
-    return [torch.from_numpy(a) for a in arrays]
+    return [rounded(a) for a in arrays]
 
 
 def loops(features, neighbors, weights, linear_weight, linear_bias):
@@ -86,13 +91,13 @@ def single(arguments: list[Tensor]) -> list[Tensor]:
 
 
 def gradient(size: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(size[0], size[2], size[6])))
+    return rounded(np.random.default_rng(seed).normal(size=(size[0], size[2], size[6])))
 
 
 def gradient_off_kinks(arguments: list[Tensor]) -> Tensor:
     """One that leaves out what lies at the kink of the output, where float32 may be on either side."""
     out = point_conv(*arguments)
-    grad = torch.from_numpy(np.random.default_rng(0).normal(size=out.shape))
+    grad = rounded(np.random.default_rng(0).normal(size=out.shape))
     return grad * (out.abs() > 1e-5 * out.square().mean().sqrt())
 
 
@@ -101,7 +106,8 @@ def near_float64(results: list[Tensor], arguments: list[Tensor], grad: Tensor, s
     factor = torch.where(point_conv(*arguments) > 0, 1.0, slope)
     squares = [t if t.dtype == torch.int64 else t.square() for t in arguments]
     sizes = [float(t.sum()) ** 0.5 for t in run(squares, (factor * grad).square(), 1.0)]
-    return near_sums(results, run(arguments, grad, slope), sizes)
+    factors = 5  # features, weights, linear weight, gradient and slope
+    return near_sums(results, run(arguments, grad, slope), sizes, factors)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -196,7 +202,7 @@ def difference_inputs(size: tuple[int, ...], table_shared: bool, index_shared: b
     b, n, m, s, _, q, _ = size
     tables, lead = 1 if table_shared else b, 1 if index_shared else b
     arrays = [draw.normal(size=(tables, n, q)), draw.integers(0, n, (lead, m, s)), draw.integers(0, n, (lead, m))]
-    return [torch.from_numpy(a) for a in (*arrays, draw.normal(size=q))]
+    return [rounded(a) for a in (*arrays, draw.normal(size=q))]
 
 
 def difference_by_loops(arguments: list[Tensor], batch: int, shared: tuple[bool, bool]) -> tuple[Tensor, list[Tensor]]:
@@ -204,7 +210,7 @@ def difference_by_loops(arguments: list[Tensor], batch: int, shared: tuple[bool,
     table, neighbors, centroids, bias = (t.expand(batch, *t.shape[1:]) if t.dim() > 1 else t for t in arguments)
     each = zip(table, neighbors, centroids, strict=True)
     expected = torch.stack([t[near] - t[own][:, None] + bias for t, near, own in each])
-    grad = torch.from_numpy(np.random.default_rng(1).normal(size=expected.shape))
+    grad = rounded(np.random.default_rng(1).normal(size=expected.shape))
     by_table = torch.zeros_like(table)
     for b, m in np.ndindex(*centroids.shape):
         by_table[b].index_add_(0, neighbors[b, m], grad[b, m])
