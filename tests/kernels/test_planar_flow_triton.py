@@ -36,7 +36,7 @@ SIZES = [  # S, B, Z, T: around whole tiles, powers of two and shares
     pytest.param((65, 2, 4, 6), marks=pytest.mark.slow),
     pytest.param((37, 2, 33, 13), marks=pytest.mark.slow),
     pytest.param((300, 1, 18, 5), marks=pytest.mark.slow),
-    (9, 2, 130, 4),
+    pytest.param((9, 2, 130, 4), marks=pytest.mark.slow),
     (5, 1, 520, 2),
 ]
 
