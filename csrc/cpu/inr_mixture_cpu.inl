@@ -176,6 +176,12 @@ void backward(const Network& net, const Nets& nets, const Features& features, co
                       : backward_layers<false>(net, nets, features, work, grads);
 }
 
+// A gradient to an output below this counts as 0: certain outputs have nearly none, and the subnormal numbers that the
+// layers below would make of it take many times as long. NaN stays.
+constexpr float kNegligible = 1e-24f;
+
+inline V settled(V grad) { return abs(grad) < kNegligible ? V{} : grad; }
+
 // One channel of a panel; see score_panel.
 template <class Function>
 inline __attribute__((always_inline)) float score_channel(const Function& score, const float* outputs,
@@ -187,7 +193,7 @@ inline __attribute__((always_inline)) float score_channel(const Function& score,
     store(log_p + lane, load(log_p + lane) + s.log_p);
     if (!weights) continue;
     const V q = load(weights + lane);
-    store(grad + lane, q * s.by_logit);
+    store(grad + lane, settled(q * s.by_logit));
     by_scale = fma(q, s.by_scale, by_scale);
   }
   return sum(by_scale);
@@ -214,7 +220,7 @@ inline float score_usual(const Channel& c, const float* outputs, const float* va
     store(padded + lane, more * (more * both));
     if (!weights) continue;
     const V scaled = load(weights + lane) * (over * both) * inverse, slope = falls * scaled * load(by_output + lane);
-    store(grad + lane, d < 0.0f ? -slope : slope);
+    store(grad + lane, settled(d < 0.0f ? -slope : slope));
     const V width = fma(uq, splat(2.0f), square + 1.0f) * (c.q * c.width);
     by_scale = fma(fma(t, falls, fma(under, splat(c.inside_by), -width)), scaled, by_scale);
   }

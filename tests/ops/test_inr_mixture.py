@@ -508,6 +508,22 @@ def test_native_at_extreme_outputs_and_scales(monkeypatch, isas, kind, scale):
 
 
 @needs_native
+@pytest.mark.parametrize("output", [70.0, -80.0])
+@pytest.mark.parametrize("kind", LIKELIHOODS[:2], ids=str)
+def test_native_gradients_of_certain_outputs_hold_no_subnormal_numbers(monkeypatch, isas, kind, output):
+    """They would slow down all that reads them. Of such an output the gradient is 0 but for rounding: e^-70 at most."""
+    inr = Inr((6, 5, 4, 1))
+    theta, features, values, weights, scale = (t.float() for t in mixture_inputs(2, 2, 70, inr.widths))
+    theta[:, 0, -1] = output  # the last bias
+    theta[:, 0, :-1] *= 1e-3
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        _, grad, *_ = gradients([theta, features, values, weights, scale], inr, kind)
+        assert ((grad == 0) | (grad.abs() >= torch.finfo(torch.float32).tiny)).all()
+        assert (grad[:, 0] == 0).all() and (grad[1:, 1] != 0).any()
+
+
+@needs_native
 def test_native_means_of_equally_probable_components():
     theta = torch.tensor([[[0.0, 1.0], [0.0, 2.0]]])  # constants 1 and 2
     log_pi = torch.full((1, 2, 3), math.log(0.5))
