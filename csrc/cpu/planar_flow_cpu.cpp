@@ -430,10 +430,11 @@ void planar_flow_expected_log_prob(const PlanarFlow& flow, const float* mean, co
 }
 
 void counter_noise(uint64_t seed, float* out, int64_t samples, int64_t batch, int64_t latent, Isa isa) {
+  const auto fill = VAMOH_DISPATCH(isa, fill_noise);
   const Buffer<float> panel = allocate<float>(round_up(latent, 4) * kWidth);
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t first = 0; first < samples; first += kWidth) {
-      VAMOH_DISPATCH(isa, fill_noise)(seed, first, b, latent, panel.get());
+      fill(seed, first, b, latent, panel.get());
       for (int64_t i = 0; i < std::min(kWidth, samples - first); ++i)
         for (int64_t z = 0; z < latent; ++z) out[((first + i) * batch + b) * latent + z] = panel[z * kWidth + i];
     }
