@@ -8,6 +8,7 @@
 
 #include "../farthest_point_sample.h"
 #include "../threads.h"
+#include "../simd/point_tree.h"
 #include "../simd/quantized_cloud.h"
 #include "memory.h"
 
@@ -169,6 +170,48 @@ void sample_in_panels(Isa isa, const QuantizedCloud<T>& cloud, int64_t samples, 
       });
 }
 
+// Whether a tree takes less time than the distances it saves.
+bool worth_a_tree(int64_t points, int64_t samples, int64_t dims, int team) {
+  return dims >= 1 && dims <= kMostTreeDims && points >= 4096 && samples >= 384 * team;  // one thread uses it
+}
+
+// The same by a tree in the scratch memory; false if the cloud cannot have one.
+template <class T>
+bool sample_in_tree(Isa isa, const QuantizedCloud<T>& cloud, int64_t samples, const Scratch<T>& scratch,
+                    int64_t* order) {
+  const int64_t width = VAMOH_DISPATCH(isa, panel_width<T>()), dims = cloud.dims;
+  const Buffer<T> memory = allocate<T>(PointTree<T>::size(cloud.n, dims, width));
+  PointTree<T> tree(memory.get(), cloud.n, dims, width);
+  if (!tree.build(cloud.coords, cloud.index, cloud.n)) return false;
+  const int64_t leaves = tree.leaves, padded = round_up(leaves, kWidestPanel);
+  const Buffer<T> boxes = allocate<T>(2 * dims * padded);
+  std::fill(boxes.get(), boxes.get() + 2 * dims * padded, T(0));
+  tree.for_each_leaf([&](int64_t leaf, const T* box) {
+    for (int64_t d = 0; d < 2 * dims; ++d) boxes[d * padded + leaf] = box[d];
+  });
+  T* const nearest = scratch.nearest;
+  const Buffer<T> leaf_best = allocate<T>(padded);
+  const Buffer<int32_t> leaf_member = allocate<int32_t>(padded);
+  std::fill(nearest, nearest + cloud.n, std::numeric_limits<T>::infinity());
+  std::fill(nearest + cloud.n, nearest + leaves * width, T(-1));
+  std::fill(leaf_best.get(), leaf_best.get() + leaves, std::numeric_limits<T>::infinity());
+  std::fill(leaf_best.get() + leaves, leaf_best.get() + padded, T(-1));
+  const auto first_member = VAMOH_DISPATCH(isa, first_member<T>);
+  for (int64_t leaf = 0; leaf < leaves; ++leaf) leaf_member[leaf] = first_member(tree, leaf, nearest, leaf_best[leaf]);
+  for (int64_t step = 0;; ++step) {
+    const int64_t leaf = VAMOH_DISPATCH(isa, farthest_leaf<T>)(leaf_best.get(), leaf_member.get(), padded);
+    order[step] = leaf_member[leaf];
+    if (step + 1 == samples) return true;
+    const int32_t* const members = tree.members + leaf * width;
+    T* const near = nearest + leaf * width;
+    near[std::find(members, members + width, leaf_member[leaf]) - members] = T(-1);
+    leaf_best[leaf] = *std::max_element(near, near + width);
+    leaf_member[leaf] = first_member(tree, leaf, nearest, leaf_best[leaf]);
+    VAMOH_DISPATCH(isa, come_nearer_in_tree<T>)(tree, boxes.get(), padded, cloud.coords + cloud.index[order[step]] * dims,
+                                                nearest, leaf_best.get(), leaf_member.get());
+  }
+}
+
 // A panel meets the points that were taken only when it may hold the farthest one, all at once: its values of nearest
 // are too large until then.
 template <class T>
@@ -247,7 +290,7 @@ void farthest_point_sample(const Cloud<T>& cloud, const Mask& mask, int64_t* out
         // The portable kernel is slower with quantized points.
         if (isa != Isa::portable && set_scale<T>(candidates, nullptr, 0, VAMOH_DISPATCH(isa, extend_range<T>)))
           sample_quantized(isa, candidates, samples, team, scratch, order);
-        else
+        else if (!worth_a_tree(n, samples, cloud.dims, team) || !sample_in_tree(isa, candidates, samples, scratch, order))
           sample_in_panels(isa, candidates, samples, team, scratch, order);
       });
 }

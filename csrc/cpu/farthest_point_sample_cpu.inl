@@ -3,10 +3,19 @@ constexpr int kVectors = 4;  // per panel: enough independent sums to hide the l
 #include "../simd/cloud.inl"
 #include "../simd/quantized_cloud.inl"
 
-template <class T, int W>
-T largest(const T* values) {
-  T best = values[0];
-  for (int64_t i = 1; i < W; ++i) best = values[i] > best ? values[i] : best;
+using vamoh::PointTree;
+
+// Largest of a panel's W values.
+template <class T, int64_t W>
+inline T largest(const T* values) {
+  using V = typename Vector<T>::type;
+  V most = *reinterpret_cast<const V*>(values);
+  for (int64_t i = Vector<T>::lanes; i < W; i += Vector<T>::lanes) {
+    const V next = *reinterpret_cast<const V*>(values + i);
+    most = next > most ? next : most;
+  }
+  T best = most[0];
+  for (int lane = 1; lane < Vector<T>::lanes; ++lane) best = most[lane] > best ? most[lane] : best;
   return best;
 }
 
@@ -38,6 +47,66 @@ void come_nearer(const T* panels, int64_t dims, int64_t p0, int64_t p1, const T*
     for (int v = 0; v < kVectors; ++v) near[v] = sum[v] < near[v] ? sum[v] : near[v];
     panel_best[p] = largest<T, W>(nearest + p * W);
   }
+}
+
+// The lowest member of a leaf for which nearest has this value.
+template <class T>
+inline int32_t first_member(const PointTree<T>& tree, int64_t leaf, const T* nearest, T value) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t W = panel_width<T>();
+  constexpr int lanes = Vector<T>::lanes;
+  int32_t first = INT32_MAX;
+  for (int64_t i = leaf * W; i < (leaf + 1) * W; i += lanes)
+    for (uint32_t equal = lanes_of(*reinterpret_cast<const V*>(nearest + i) == value); equal; equal &= equal - 1) {
+      const int32_t member = tree.members[i + __builtin_ctz(equal)];
+      first = member < first ? member : first;
+    }
+  return first;
+}
+
+// The same for the leaves of a tree whose boxes come near enough: box [2, dims, leaves] lowest and highest coordinates,
+// leaves up to a whole vector; leaf_best is below 0 beyond the last. leaf_member is the lowest with that value.
+template <class T>
+void come_nearer_in_tree(const PointTree<T>& tree, const T* boxes, int64_t padded, const T* query, T* nearest,
+                         T* leaf_best, int32_t* leaf_member) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes;
+  const V zero{};
+  for (int64_t first = 0; first < padded; first += lanes) {
+    V sum{};
+    for (int64_t d = 0; d < tree.dims; ++d) {
+      const V below = *reinterpret_cast<const V*>(boxes + d * padded + first) - query[d];
+      const V above = query[d] - *reinterpret_cast<const V*>(boxes + (tree.dims + d) * padded + first);
+      const V outside = below > zero ? below : above > zero ? above : zero;
+      sum += outside * outside;
+    }
+    for (uint32_t near = lanes_of(sum < *reinterpret_cast<const V*>(leaf_best + first)); near; near &= near - 1) {
+      const int64_t leaf = first + __builtin_ctz(near);
+      come_nearer(tree.panels, tree.dims, leaf, leaf + 1, query, nearest, leaf_best);
+      leaf_member[leaf] = first_member(tree, leaf, nearest, leaf_best[leaf]);
+    }
+  }
+}
+
+// The leaf [padded] with the largest value of leaf_best, that with the lowest member of those.
+template <class T>
+int64_t farthest_leaf(const T* leaf_best, const int32_t* leaf_member, int64_t padded) {
+  using V = typename Vector<T>::type;
+  constexpr int lanes = Vector<T>::lanes;
+  V most = *reinterpret_cast<const V*>(leaf_best);
+  for (int64_t i = lanes; i < padded; i += lanes) {
+    const V next = *reinterpret_cast<const V*>(leaf_best + i);
+    most = next > most ? next : most;
+  }
+  T best = most[0];
+  for (int lane = 1; lane < lanes; ++lane) best = most[lane] > best ? most[lane] : best;
+  int64_t found = -1;
+  for (int64_t i = 0; i < padded; i += lanes)
+    for (uint32_t equal = lanes_of(*reinterpret_cast<const V*>(leaf_best + i) == best); equal; equal &= equal - 1) {
+      const int64_t leaf = i + __builtin_ctz(equal);
+      if (found < 0 || leaf_member[leaf] < leaf_member[found]) found = leaf;
+    }
+  return found;
 }
 
 constexpr int kQueries = kVectorBytes == 64 ? 4 : 2;  // that share a pass over a quantized panel, as registers allow

@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../knn.h"
 #include "../threads.h"
+#include "../simd/point_tree.h"
 #include "../simd/quantized_cloud.h"
 #include "memory.h"
 
@@ -17,6 +19,14 @@ namespace {
 constexpr int64_t kRowsPerTask = 64;
 constexpr int64_t kQuantizedRows = portable::kQuantizedRows;
 constexpr int64_t kPackedBytes = int64_t{64} << 20;  // of points held in panels at once, at least one function
+
+constexpr int64_t kFewestTreePoints = 1024;
+
+// Whether a tree takes less time than the distances it saves: its levels cost as much as those from some queries.
+bool worth_a_tree(int64_t count, int64_t queries, int64_t dims) {
+  return dims >= 1 && dims <= kMostTreeDims && count >= kFewestTreePoints &&
+         queries >= 64 * (std::ilogb(static_cast<double>(count)) - 6);
+}
 
 // A row ends in -1 where distances are NaN or infinite: put the first candidates there that the row does not hold yet.
 void complete(int64_t* positions, int64_t neighbors) {
@@ -99,13 +109,22 @@ void knn(const Cloud<T>& points, const Cloud<T>& queries, const Mask& mask, int6
   const auto search = VAMOH_DISPATCH(isa, search<T>);
   const auto quantized_search = VAMOH_DISPATCH(isa, search_quantized<T>);
   const int64_t padded = round_up(points.count, kWidestPanel), dims = points.dims;
+  const auto tree_search = VAMOH_DISPATCH(isa, search_tree<T>);
+  const int64_t width = VAMOH_DISPATCH(isa, panel_width<T>());
+  const bool by_tree = worth_a_tree(points.count, queries.count, dims);
   std::vector<QuantizedCloud<T>> clouds(batch);
+  std::vector<PointTree<T>> trees(batch);
   const bool quantizable = dims >= kFewestQuantizedDims && dims <= kMostQuantizedDims;
   const int64_t size = quantizable ? round_up(kQuantizedRows * (padded + dims) + neighbors, kWidestPanel) : 0;
   const Buffer<int32_t> scratch = allocate<int32_t>(std::max(threads, 1) * size);
   for_each_query<T, T>(
-      mask, out, batch, points.count, queries.count, padded * dims, neighbors, threads,
+      mask, out, batch, points.count, queries.count,
+      by_tree ? PointTree<T>::size(padded, dims, width) : padded * dims, neighbors, threads,
       [&](int64_t b, const int64_t* index, int64_t n, T* packed) {
+        if (by_tree && n > 0) {
+          trees[b] = PointTree<T>(packed, n, dims, width);
+          if (trees[b].build(points.values + b * points.stride, index, n)) return;
+        }
         QuantizedCloud<T>& cloud = clouds[b];
         cloud = {points.values + b * points.stride, index, n, dims};
         const T* const others = queries.values + b * queries.stride;
@@ -121,6 +140,11 @@ void knn(const Cloud<T>& points, const Cloud<T>& queries, const Mask& mask, int6
           int worker) {
         const T* const from = queries.values + b * queries.stride + row * dims;
         const T infinity = std::numeric_limits<T>::infinity();
+        if (trees[b].leaves) {
+          for (int64_t r = 0; r < rows; ++r)
+            tree_search(trees[b], from + r * dims, neighbors, infinity, distances, positions + r * neighbors);
+          return;
+        }
         if (!clouds[b].quantized) return search(packed, n, dims, from, rows, neighbors, infinity, distances, positions);
         int32_t* const memory = scratch.get() + worker * size;
         quantized_search(clouds[b], from, rows, neighbors, infinity, memory, distances, positions);

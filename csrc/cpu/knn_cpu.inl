@@ -3,6 +3,8 @@ constexpr int kVectors = 2;  // of points per panel
 #include "../simd/cloud.inl"
 #include "../simd/quantized_cloud.inl"
 
+using vamoh::PointTree;
+
 constexpr int kRows = 4;  // queries per tile: kRows * kVectors sums stay in registers
 
 // Puts (distance, position) into a list sorted by distance, after its equals, and drops the last entry.
@@ -78,6 +80,85 @@ void search(const T* panels, int64_t n, int64_t dims, const T* queries, int64_t 
       for (int64_t r = 0; r < used; ++r)
         insert_near(found[r], first, n, neighbors, distances + (row + r) * neighbors,
                     positions + (row + r) * neighbors);
+    }
+  }
+}
+
+// Squared distance from a query to the nearest point of a box [2, dims], summed and rounded as those of points are: no
+// point in it has a smaller one.
+template <class T>
+inline T distance_to_box(const T* box, const T* query, int64_t dims) {
+  T sum = 0;
+  for (int64_t d = 0; d < dims; ++d) {
+    const T below = box[d] - query[d], above = query[d] - box[dims + d];
+    const T outside = below > 0 ? below : above > 0 ? above : T(0);
+    sum += outside * outside;
+  }
+  return sum;
+}
+
+// Neighbours of one query in a tree, as `search` finds them, positions those of the candidates.
+template <class T>
+void search_tree(const PointTree<T>& tree, const T* query, int64_t neighbors, T infinity, T* distances,
+                 int64_t* positions) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t W = panel_width<T>();
+  constexpr int lanes = Vector<T>::lanes;
+  struct {
+    int64_t node, leaf, leaves;
+    T distance;
+  } waiting[64];
+  for (int64_t i = 0; i < neighbors; ++i) {
+    distances[i] = infinity;
+    positions[i] = -1;
+  }
+  const int64_t dims = tree.dims, last = neighbors - 1;
+  int depth = 0;
+  waiting[depth++] = {0, 0, tree.leaves, T(0)};
+  while (depth) {
+    auto [node, leaf, leaves, distance] = waiting[--depth];
+    if (distance > distances[last]) continue;
+    while (leaves > 1) {  // towards the nearer half, the other one waits
+      const int64_t half = leaves / 2, right = node + 2 * half;
+      const T to_left = distance_to_box(tree.boxes + (node + 1) * 2 * dims, query, dims);
+      const T to_right = distance_to_box(tree.boxes + right * 2 * dims, query, dims);
+      const bool goes_left = to_left <= to_right;
+      if (goes_left)
+        waiting[depth++] = {right, leaf + half, leaves - half, to_right};
+      else
+        waiting[depth++] = {node + 1, leaf, half, to_left};
+      node = goes_left ? node + 1 : right;
+      leaf = goes_left ? leaf : leaf + half;
+      leaves = goes_left ? half : leaves - half;
+      distance = goes_left ? to_left : to_right;
+    }
+    if (distance > distances[last]) continue;
+    const T* x = tree.panels + leaf * dims * W;
+    V sum[kVectors] = {};
+    for (int64_t d = 0; d < dims; ++d)
+      for (int v = 0; v < kVectors; ++v) {
+        const V difference = *reinterpret_cast<const V*>(x + d * W + v * lanes) - query[d];
+        sum[v] += difference * difference;
+      }
+    uint32_t near = 0;
+    alignas(sizeof(V)) T found[W];
+    for (int v = 0; v < kVectors; ++v) {
+      near |= lanes_of(sum[v] <= distances[last]) << (v * lanes);
+      *reinterpret_cast<V*>(found + v * lanes) = sum[v];
+    }
+    for (; near; near &= near - 1) {
+      const int lane = __builtin_ctz(near);
+      const T here = found[lane];
+      const int64_t position = tree.members[leaf * W + lane];
+      if (!(here < infinity) || here > distances[last] || (here == distances[last] && position > positions[last]))
+        continue;
+      int64_t i = last;
+      for (; i > 0 && (distances[i - 1] > here || (distances[i - 1] == here && positions[i - 1] > position)); --i) {
+        distances[i] = distances[i - 1];
+        positions[i] = positions[i - 1];
+      }
+      distances[i] = here;
+      positions[i] = position;
     }
   }
 }

@@ -151,6 +151,28 @@ def wide_cloud(request: pytest.FixtureRequest) -> Tensor:
     return WIDE_CLOUDS[request.param]()
 
 
+FLAT_CLOUDS: dict[str, Callable[[], Tensor]] = {
+    "line": lambda: torch.randn(4097, 1),
+    "plane": lambda: torch.rand(4200, 2),
+    "whole_numbers": lambda: torch.randint(-9, 9, (4500, 3)).float(),  # ties
+    "four": lambda: torch.randn(4160, 4),
+    "outlier": lambda: torch.cat([torch.tensor([[1e6, -1e6]]), torch.rand(4300, 2)]),
+    "far_from_the_origin": lambda: 1e5 + torch.rand(4100, 2),
+    "constant": lambda: torch.full((4100, 2), 0.3),
+    "tiny": lambda: 1e-30 * torch.randn(4100, 3),  # squares vanish
+    "huge": lambda: 1e25 * torch.randn(4100, 3),  # squares overflow
+    "nan": lambda: torch.cat([torch.rand(4100, 2), torch.tensor([[0.5, float("nan")]])]),
+    "infinite": lambda: torch.cat([torch.tensor([[float("inf"), 0.5]]), torch.rand(4100, 2)]),
+}
+
+
+@pytest.fixture(params=FLAT_CLOUDS)
+def flat_cloud(request: pytest.FixtureRequest) -> Tensor:
+    """Clouds [N, D] of at most 4 dimensions and so many points that CPU kernels put them into a tree where they can."""
+    torch.manual_seed(0)
+    return FLAT_CLOUDS[request.param]()
+
+
 @pytest.fixture(scope="session")
 def build_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function (target, sources, options, link) that compiles C++ and, against our stand-in header, CUDA.

@@ -199,6 +199,20 @@ def test_wide_clouds_on_every_isa(isas, monkeypatch, wide_cloud, dtype):
                 assert torch.equal(result, expected), (isa, threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_clouds_on_every_isa(isas, monkeypatch, flat_cloud, dtype):
+    coords = flat_cloud.to(dtype)
+    coords = torch.stack([coords, coords.flip(0)])
+    mask = torch.rand(coords.shape[:2]) < 0.99
+    mask[1] = True
+    expected = farthest_point_sample(coords, 400, mask, backend="reference")
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        for threads in (1, 3):  # of three, two have a cloud to themselves
+            torch.set_num_threads(threads)
+            assert torch.equal(farthest_point_sample(coords, 400, mask, backend="cpu"), expected), (isa, threads)
+
+
 def test_nan_and_infinite_coordinates_end(backend):
     coords = whole(40, 3)
     coords[7, 1], coords[9, 0], coords[11] = math.nan, math.inf, -math.inf

@@ -252,6 +252,23 @@ def test_wide_clouds_on_every_isa(isas, monkeypatch, wide_cloud, dtype):
                 assert torch.equal(knn(points, queries, s, mask, backend="cpu"), expected), (s, isa, threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_clouds_on_every_isa(isas, monkeypatch, flat_cloud, dtype):
+    points = flat_cloud.to(dtype)
+    n = len(points)
+    mask = torch.rand(2, n) < 0.8
+    far = points[torch.randperm(n)[:199]] + 3 * points.nan_to_num(posinf=0).std()
+    queries = torch.cat([points[torch.randperm(n)[:199]], far, points[:1] * math.nan])
+    expected = knn(points, queries, 9, mask, backend="reference")
+    for isa in isas:
+        monkeypatch.setenv("VAMOH_ISA", isa)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = knn(points, queries, 9, mask, backend="cpu")
+            assert torch.equal(found, expected), (isa, threads)
+            assert torch.equal(knn(points, queries, 1, mask, backend="cpu"), expected[..., :1]), (isa, threads)
+
+
 def test_a_nearer_point_that_looks_farther_in_seven_bits(isas, monkeypatch):
     """Rounded to whole numbers the first point is 3 away in most dimensions, the second 1."""
     points = torch.tensor([12.51, 8.51, 0.0, 127.0])[:, None].repeat(1, 64)

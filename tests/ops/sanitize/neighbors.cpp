@@ -11,8 +11,7 @@
 namespace {
 
 template <class T>
-bool run(vamoh::Isa isa, int64_t batch, int64_t n, int64_t d, int64_t s, int threads) {
-  const int64_t m = 67;
+bool run(vamoh::Isa isa, int64_t batch, int64_t n, int64_t d, int64_t s, int threads, int64_t m = 67) {
   std::unique_ptr<T[]> points(new T[batch * n * d]), queries(new T[batch * m * d]);
   std::unique_ptr<bool[]> mask(new bool[batch * n]);
   uint32_t state = 1;
@@ -65,6 +64,8 @@ const Register neighbors([](vamoh::Isa isa, int threads) {
       good &= run<double>(isa, 3, n, d, n, threads);
     }
   for (int64_t d : {63, 65}) good &= run<float>(isa, 1, 1100, d, 9, threads);  // threads share a cloud
+  good &= run<float>(isa, 2, 4161, 2, 384, threads, 384);  // by trees
+  good &= run<double>(isa, 2, 4161, 3, 384, threads, 384);
   for (int64_t n : {1, 7, 63, 65, 130}) {
     good &= run_by_table<float>(isa, n, n > 5 ? 5 : n, 12, threads);  // several points in a cell
     good &= run_by_table<double>(isa, n, n, 210, threads);            // one
