@@ -86,12 +86,15 @@ def far_from_kinks(z: Tensor, flow: PlanarFlow, far: float = 1e-5) -> bool:
     return True
 
 
-def clear_flow_case(samples: int, batch: int, latent: int, layers: int) -> tuple[int, tuple, Tensor]:
-    """The first seed with no sample at a kink, its case, and its noise in float64."""
+def clear_flow_case(
+    samples: int, batch: int, latent: int, layers: int, far: float | None = None
+) -> tuple[int, tuple, Tensor]:
+    """The first seed with no sample within `far` of a kink, its case, and its noise in float64."""
+    far = 1e-5 / samples**0.25 if far is None else far
     for seed in range(1000):
         arguments = mean, std, flow, _ = flow_case(samples, batch, latent, layers, seed)
         noise = counter_noise_reference(torch.tensor(seed), range(samples), batch, latent, torch.float64)
-        if far_from_kinks((mean + std * noise).flatten(0, 1), flow, 1e-5 / samples**0.25):
+        if far_from_kinks((mean + std * noise).flatten(0, 1), flow, far):
             return seed, arguments, noise
     raise AssertionError("no such seed")
 
