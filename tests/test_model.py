@@ -1223,6 +1223,7 @@ def test_values_with_noise_come_from_the_component_drawn() -> None:
     assert torch.allclose(shares, model.decode(z, coords).pi[0, :, 1], atol=0.04)
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_completion_by_quadrature() -> None:
     """log ∫ q(z | seen) p(hidden | z) dz of one latent dimension, summed over a grid of z; whatever the proposals."""
     model = VaMoH(coord_dim=2, channels=1, **{**SIZES, "latent_dim": 1}, scale=0.3).eval()

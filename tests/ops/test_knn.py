@@ -252,7 +252,7 @@ def test_wide_clouds_on_every_isa(isas, monkeypatch, wide_cloud, dtype):
                 assert torch.equal(knn(points, queries, s, mask, backend="cpu"), expected), (s, isa, threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_flat_clouds_on_every_isa(isas, monkeypatch, flat_cloud, dtype):
     points = flat_cloud.to(dtype)
     n = len(points)
