@@ -282,6 +282,15 @@ def test_overrides_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> N
     assert config.model.hypernet_widths == PRESETS["digits"].model.hypernet_widths
 
 
+def test_switches_are_spelled_as_in_yaml_or_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda **options: seen.append(options) or "done")
+    for line in ("--model.learn_scale false", "--model.learn-scale=false", "--model.learn_scale=False"):
+        assert main(["train", "digits", *line.split(), "--model.open_ends", "true", "--data.path", "true"]) == 0
+        config = seen.pop()["config"]
+        assert (config.model.learn_scale, config.model.open_ends, config.data.path) == (False, True, "true")
+
+
 @pytest.mark.parametrize(
     "line, out, resume",
     [

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from vamoh.arguments import (
     Train,
 )
 from vamoh.compat.config import changes, is_reference_config, load_reference_config, table
-from vamoh.config import PRESETS, load_config
+from vamoh.config import PRESETS, DataConfig, ModelConfig, TrainConfig, load_config
 
 DESCRIPTION = """VaMoH: learn distributions over functions from points.
 
@@ -58,6 +58,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 # Options of train that may come before its PRESET, each with a value.
 COMMON = ("--out", "--device", "--seed", "--resume")
+
+SWITCHES = {
+    f"--{section}.{field.name}"
+    for section, options in {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}.items()
+    for field in fields(options)
+    if field.type == "bool"
+}
+"""Options of `train` that are true or false."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -210,7 +218,7 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
             Train,
             prog="vamoh train PRESET|config.yaml",
             description=f"{inspect.getdoc(Train)}\n\nPresets: {', '.join(PRESETS)}. The defaults here are {source}'s.",
-            args=rest,
+            args=_switches_as_in_yaml(rest),
             use_underscores=True,
             default=Train(config.data, config.model, config.train, device=device, seed=config.seed),
         )
@@ -229,6 +237,20 @@ def _parse_train(args: list[str]) -> dict[str, Any]:
         "device": options.device,
         "resume": options.resume is not None,
     }
+
+
+def _switches_as_in_yaml(args: Sequence[str]) -> list[str]:
+    """Capitalise `true` and `false`, as tyro wants them, where an option of the configuration is one of the two."""
+    spelled: list[str] = []
+    option = ""
+    for token in args:
+        name, equals, value = token.rpartition("=")
+        named = (name or option).replace("-", "_").replace("__", "--", 1)
+        if named in SWITCHES and value in ("true", "false"):
+            token = name + equals + value.capitalize()
+        option = token
+        spelled.append(token)
+    return spelled
 
 
 def _without_cfg(args: list[str]) -> list[str]:
