@@ -175,7 +175,8 @@ def test_programs_hold_only_what_they_use():
     assert parts == {"encoding", "encoder"}
 
 
-@pytest.mark.parametrize("name", [pytest.param("sine", marks=pytest.mark.slow), "warm-up"])
+@pytest.mark.parametrize("name", ["sine", "warm-up"])
+@pytest.mark.slow
 def test_onnx(name, monkeypatch):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -163,7 +163,7 @@ def log_probabilities(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("masked", ["no", "shared", "each"])
-@pytest.mark.parametrize(("b", "k", "n"), [(1, 1, 1), (3, 4, 70), (2, 3, 9001)])
+@pytest.mark.parametrize(("b", "k", "n"), [(1, 1, 1), (3, 4, 70), pytest.param(2, 3, 9001, marks=pytest.mark.slow)])
 def test_divergence_matches_float64(b, k, n, masked, uniform, device):
     g = torch.Generator().manual_seed(0)
     logs = [log_probabilities(b, k, n, seed=0), log_probabilities(b, k, 1 if uniform else n, seed=1)]
