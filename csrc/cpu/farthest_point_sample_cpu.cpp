@@ -197,9 +197,11 @@ bool sample_in_tree(Isa isa, const QuantizedCloud<T>& cloud, int64_t samples, co
   std::fill(leaf_best.get(), leaf_best.get() + leaves, std::numeric_limits<T>::infinity());
   std::fill(leaf_best.get() + leaves, leaf_best.get() + padded, T(-1));
   const auto first_member = VAMOH_DISPATCH(isa, first_member<T>);
+  const auto come_nearer = VAMOH_DISPATCH(isa, come_nearer_in_tree<T>);
+  const auto farthest = VAMOH_DISPATCH(isa, farthest_leaf<T>);
   for (int64_t leaf = 0; leaf < leaves; ++leaf) leaf_member[leaf] = first_member(tree, leaf, nearest, leaf_best[leaf]);
   for (int64_t step = 0;; ++step) {
-    const int64_t leaf = VAMOH_DISPATCH(isa, farthest_leaf<T>)(leaf_best.get(), leaf_member.get(), padded);
+    const int64_t leaf = farthest(leaf_best.get(), leaf_member.get(), padded);
     order[step] = leaf_member[leaf];
     if (step + 1 == samples) return true;
     const int32_t* const members = tree.members + leaf * width;
@@ -207,8 +209,8 @@ bool sample_in_tree(Isa isa, const QuantizedCloud<T>& cloud, int64_t samples, co
     near[std::find(members, members + width, leaf_member[leaf]) - members] = T(-1);
     leaf_best[leaf] = *std::max_element(near, near + width);
     leaf_member[leaf] = first_member(tree, leaf, nearest, leaf_best[leaf]);
-    VAMOH_DISPATCH(isa, come_nearer_in_tree<T>)(tree, boxes.get(), padded, cloud.coords + cloud.index[order[step]] * dims,
-                                                nearest, leaf_best.get(), leaf_member.get());
+    const T* const query = cloud.coords + cloud.index[order[step]] * dims;
+    come_nearer(tree, boxes.get(), padded, query, nearest, leaf_best.get(), leaf_member.get());
   }
 }
 
@@ -290,7 +292,8 @@ void farthest_point_sample(const Cloud<T>& cloud, const Mask& mask, int64_t* out
         // The portable kernel is slower with quantized points.
         if (isa != Isa::portable && set_scale<T>(candidates, nullptr, 0, VAMOH_DISPATCH(isa, extend_range<T>)))
           sample_quantized(isa, candidates, samples, team, scratch, order);
-        else if (!worth_a_tree(n, samples, cloud.dims, team) || !sample_in_tree(isa, candidates, samples, scratch, order))
+        else if (!worth_a_tree(n, samples, cloud.dims, team) ||
+                 !sample_in_tree(isa, candidates, samples, scratch, order))
           sample_in_panels(isa, candidates, samples, team, scratch, order);
       });
 }

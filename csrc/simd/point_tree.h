@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "../cpu/memory.h"
+
 namespace vamoh {
 
 constexpr int64_t kMostTreeDims = 4;  // with more, boxes rule out little
@@ -15,14 +17,13 @@ template <class T>
 struct PointTree {
   int64_t dims = 0, width = 0, leaves = 0;
   T* panels = nullptr;  // [leaves, dims, width], infinite where a leaf has no more points
-  T* boxes = nullptr;  // [2 * leaves - 1, 2, dims] lowest and highest coordinates; the nodes on the left follow their
-                     // parent, those on the right follow them
+  T* boxes = nullptr;   // [2 * leaves - 1, 2, dims] lowest and highest coordinates; the nodes on the left follow their
+                        // parent, those on the right follow them
   int32_t* members = nullptr;  // [leaves, width] which candidate it is; -1: none
 
   // Values that n points take, up to whole vectors.
   static int64_t size(int64_t n, int64_t dims, int64_t width) {
-    const int64_t leaves = (n + width - 1) / width;
-    return (leaves * (width * (dims + 1) + 4 * dims) + 63) / 64 * 64;
+    return round_up(ceil_div(n, width) * (width * (dims + 1) + 4 * dims), kWidestPanel);
   }
 
   PointTree() = default;
@@ -32,8 +33,8 @@ struct PointTree {
       : dims(dims),
         width(width),
         panels(memory),
-        boxes(panels + (n + width - 1) / width * width * dims),
-        members(reinterpret_cast<int32_t*>(boxes + (n + width - 1) / width * 4 * dims)) {}
+        boxes(panels + round_up(n, width) * dims),
+        members(reinterpret_cast<int32_t*>(boxes + ceil_div(n, width) * 4 * dims)) {}
 
   // Takes n >= 1 rows `index` of coords [*, dims]; false, and no leaves, if one is not finite.
   bool build(const T* coords, const int64_t* index, int64_t n) {
@@ -53,7 +54,7 @@ struct PointTree {
       }
     }
     if (!finite) return false;
-    leaves = (n + width - 1) / width;
+    leaves = ceil_div(n, width);
     split(order.data(), n, 0, 0, leaves, low, high);
     return true;
   }
