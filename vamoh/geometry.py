@@ -549,11 +549,12 @@ def mirror(coords: Tensor) -> Tensor | None:
     for column in cells.unbind(-1):  # odd in x, so that -x has the negative key; wraps around
         key = key * 0x9E3779B1 + column
     order = key.argsort(stable=True)
-    partner = torch.empty_like(index)
-    partner[order] = (-key).argsort(stable=True)  # where every point has one
-    if ((coords + coords[partner]).abs() <= tolerance).all():
-        return partner
     sorted_key = key[order]
+    if torch.equal(sorted_key, -sorted_key.flip(0)):  # every point has one, unless keys coincide
+        partner = torch.empty_like(index)
+        partner[order] = (-key).argsort(stable=True)
+        if ((coords + coords[partner]).abs() <= tolerance).all():
+            return partner
     first, end = torch.searchsorted(sorted_key, -key), torch.searchsorted(sorted_key, -key, right=True)
     rank = torch.empty_like(index)
     rank[order] = index - torch.searchsorted(sorted_key, sorted_key)
